@@ -1,0 +1,345 @@
+"""Checkpoints from which a killed private run continues, neither spending nor forgetting budget.
+
+A checkpoint folder is private: it holds the secret key. What is in it, each file of mode 0600:
+
+- `checkpoint.json`: the plan's fingerprint, the step, the charged steps, the optimizer's scalars; the commit point;
+- `state-<n>.safetensors`: the trainables and the optimizer's tensors, named and hashed by `checkpoint.json`;
+- `key-<id>.json`: the secret key of the draws and the noise;
+- `journal.jsonl`: one line per step, forced to disk **before** that step's noise may be released: which key, and a
+  keyed digest of the clipped sum. A resumed run that recomputes the same clipped sum bit for bit releases the very same
+  noisy value again, which costs nothing. Any other case is charged as a lost step and redrawn under a new key.
+
+No pickle: tensors go to safetensors, everything else to JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dpbitfit_fx.errors import ArtifactError, CheckpointError, PrivacyError
+from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, describe_os_error, ensure_output_folder
+from dpbitfit_fx.randomness import SecretKey, stream
+
+__all__ = ["CheckpointStore", "JournalEntry", "SavedState", "decode", "encode", "key_id", "sum_digest"]
+
+FORMAT = "dpbitfit_fx.checkpoint.v1"
+_PRIVATE = 0o600
+
+
+# -- nested state without pickle --------------------------------------------------------------------------------------
+
+
+def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+    """`value` as JSON, its tensors put into `tensors` under names that begin with `name`.
+
+    Dictionaries (any simple keys), lists, tuples, tensors, numbers, strings, booleans and None survive exactly.
+
+    Raises:
+        CheckpointError: anything else is in there.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, torch.Tensor):
+        # A copy: safetensors refuses views that share memory, and the optimizer writes in place.
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        items = [[encode(key, tensors, name), encode(child, tensors, f"{name}.{key}")] for key, child in value.items()]
+        return {"dict": items}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode(child, tensors, f"{name}.{index}") for index, child in enumerate(value)]}
+    raise CheckpointError(
+        f"The optimizer's state holds a {type(value).__name__} ('{name}'), which a checkpoint cannot store without pickle. "
+        f"Use an optimizer whose state_dict holds tensors, numbers, strings, lists and dictionaries, or run without "
+        f"output_dir and save the result yourself."
+    )
+
+
+def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `encode`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "float":
+        return float.fromhex(content)
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {decode(key, tensors): decode(child, tensors) for key, child in content}
+    children = [decode(child, tensors) for child in content]
+    return tuple(children) if kind == "tuple" else children
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def key_id(key: SecretKey) -> str:
+    """A public name of a key: a stream of its own, so that it tells nothing of the noise."""
+    return stream(key, "key id", 0).bytes(8).hex()
+
+
+def sum_digest(key: SecretKey, step: int, accumulator: torch.Tensor) -> str:
+    """A keyed digest of the clipped sum of `step`: equal only where the sums are, unreadable without the key."""
+    content = accumulator.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hmac.new(stream(key, "journal", step).bytes(32), content, hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """`step`: about to be released under the key named `key`; `digest`: of its clipped sum."""
+
+    step: int
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Everything a run needs to go on at `step` (number of steps done).
+
+    mechanism: what ε depends on; another mechanism cannot be continued. fingerprint: what a bit-for-bit replay depends
+    on. charged_steps: steps lost, and paid for, before. statement: what privacy.json would say of the budget spent.
+    """
+
+    step: int
+    charged_steps: int
+    mechanism: dict[str, Any]
+    fingerprint: dict[str, Any]
+    trainables: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+class CheckpointStore:
+    """The checkpoint folder of one run, locked against a second process while open.
+
+    Every write is atomic: killed at any moment, the folder holds the state before or after it. Errors while writing are
+    CheckpointError, and the last good checkpoint is still there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._journal: IO[bytes] | None = None
+        self._lock: IO[bytes] | None = None
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def open(self) -> CheckpointStore:
+        """Create the folder (mode 0700) and lock it.
+
+        Raises ArtifactError where it cannot be written, CheckpointError where another process is running in it.
+        """
+        ensure_output_folder(self.folder)
+        with contextlib.suppress(OSError):
+            self.folder.chmod(0o700)
+        try:
+            self._lock = open(self.folder / "lock", "ab")  # noqa: SIM115 - held while the run lasts
+        except OSError as error:
+            raise ArtifactError(describe_os_error(error, self.folder / "lock")) from error
+        try:
+            import fcntl
+        except ImportError:  # no advisory locks here (Windows)
+            return self
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise CheckpointError(
+                f"Another process is training in {str(self.folder.parent)!r}. Two runs there would release different values "
+                f"under the same noise. Wait for it to end, or choose another output_dir."
+            ) from None
+        return self
+
+    def close(self) -> None:
+        """Unlock. What is on disk stays."""
+        for handle in (self._journal, self._lock):
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    handle.close()
+        self._journal = self._lock = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether an unfinished run is here."""
+        return (self.folder / "checkpoint.json").exists()
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, state: SavedState, key: SecretKey) -> None:
+        """Commit `state`: it replaces the previous checkpoint in one rename.
+
+        A key that is not in the folder yet is stored first, and keys no longer named are erased last, so that at every
+        moment the committed checkpoint has its key.
+        """
+        name = key_id(key)
+        tensors: dict[str, torch.Tensor] = {}
+        optimizer = encode(state.optimizer, tensors, "optimizer")
+        for parameter, value in state.trainables.items():
+            tensors[f"trainable.{parameter}"] = value.detach().cpu().clone().contiguous()
+        payload = safetensors.torch.save(tensors)
+        file = f"state-{state.step}-{state.charged_steps}.safetensors"
+        content = {
+            "format": FORMAT,
+            "step": state.step,
+            "charged_steps": state.charged_steps,
+            "key": name,
+            "state_file": file,
+            "state_sha256": hashlib.sha256(payload).hexdigest(),
+            "mechanism": state.mechanism,
+            "fingerprint": state.fingerprint,
+            "trainables": list(state.trainables),
+            "optimizer": optimizer,
+            "history": state.history,
+        }
+        try:
+            if not self._key_path(name).exists():
+                key.save(self._key_path(name))
+            atomic_write_bytes(self.folder / file, payload, mode=_PRIVATE)
+            atomic_write_text(self.folder / "checkpoint.json", json.dumps(content) + "\n", mode=_PRIVATE)
+        except ArtifactError as error:
+            raise CheckpointError(
+                f"The checkpoint could not be saved. {error} The run stopped; the last checkpoint is intact and running "
+                f"the same call again continues from it, at no extra privacy cost."
+            ) from error
+        self._start_journal(())
+        for old in self.folder.glob("state-*.safetensors"):
+            if old.name != file:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+        for old in self.folder.glob("key-*.json"):
+            if old != self._key_path(name):
+                SecretKey.erase_file(old)
+
+    def load(self) -> tuple[SavedState, SecretKey, list[JournalEntry]]:
+        """The last committed state, its key, and the steps that may have been released since.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another version; nothing was changed.
+        """
+        path = self.folder / "checkpoint.json"
+        damaged = CheckpointError(
+            f"The checkpoint in {str(self.folder)!r} is damaged or was written by another version, so the run cannot be "
+            f"continued. Nothing was changed. Start in another output_dir, and count what this run has spent: its plan is "
+            f"in {str(path)!r}."
+        )
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != FORMAT:
+                raise damaged
+            payload = (self.folder / content["state_file"]).read_bytes()
+            if hashlib.sha256(payload).hexdigest() != content["state_sha256"]:
+                raise damaged
+            tensors = safetensors.torch.load(payload)
+            key = SecretKey.load(self._key_path(content["key"]))
+            state = SavedState(
+                step=content["step"],
+                charged_steps=content["charged_steps"],
+                mechanism=content["mechanism"],
+                fingerprint=content["fingerprint"],
+                trainables={name: tensors[f"trainable.{name}"] for name in content["trainables"]},
+                optimizer=decode(content["optimizer"], tensors),
+                history=content["history"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, ArtifactError, safetensors.SafetensorError):
+            raise damaged from None
+        except PrivacyError as error:
+            raise CheckpointError(f"{error} Nothing was changed.") from error
+        pending = [entry for entry in self._read_journal() if entry.step >= state.step and entry.key == content["key"]]
+        return state, key, pending
+
+    def resume_journal(self, pending: list[JournalEntry]) -> None:
+        """Write the pending entries afresh, so that a torn last line is never appended to."""
+        self._start_journal(pending)
+
+    def erase(self) -> None:
+        """The run is finished: the key first, then everything else.
+
+        Raises:
+            PrivacyError: the key file could not be erased.
+        """
+        for path in self.folder.glob("key-*.json"):
+            SecretKey.erase_file(path)
+        # checkpoint.json before the rest: without it the folder no longer claims an unfinished run.
+        for name in ("checkpoint.json", "journal.jsonl"):
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+        for path in self.folder.glob("state-*.safetensors"):
+            path.unlink()
+        self.close()
+        with contextlib.suppress(OSError):
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
+
+    # -- the write-ahead journal ----------------------------------------------------------------------------------
+
+    def record(self, entry: JournalEntry) -> None:
+        """Force to disk that `entry.step` is about to be released; only then may its noise be added.
+
+        Raises:
+            CheckpointError: the line could not be written; nothing was released.
+        """
+        if self._journal is None:
+            raise CheckpointError("The journal is not open: no checkpoint was saved or resumed in this folder.")
+        try:
+            self._journal.write(_line(entry))
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                describe_os_error(error, self.folder / "journal.jsonl")
+                + " The run stopped before the step was released; running the same call again continues."
+            ) from error
+
+    def _start_journal(self, entries: tuple[JournalEntry, ...] | list[JournalEntry]) -> None:
+        if self._journal is not None:
+            with contextlib.suppress(OSError):
+                self._journal.close()
+            self._journal = None
+        path = self.folder / "journal.jsonl"
+        try:
+            atomic_write_bytes(path, b"".join(_line(entry) for entry in entries), mode=_PRIVATE)
+            self._journal = open(path, "ab")  # noqa: SIM115 - open while the run lasts
+        except (OSError, ArtifactError) as error:
+            reason = describe_os_error(error, path) if isinstance(error, OSError) else str(error)
+            raise CheckpointError(f"{reason} The run stopped; running the same call again continues.") from error
+
+    def _read_journal(self) -> Iterator[JournalEntry]:
+        try:
+            lines = (self.folder / "journal.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(describe_os_error(error, self.folder / "journal.jsonl", "read")) from error
+        for line in lines:
+            try:
+                content = json.loads(line)
+                yield JournalEntry(int(content["step"]), str(content["key"]), str(content["digest"]))
+            except (ValueError, KeyError, TypeError):
+                # A torn line was never synced, so its step was never released.
+                continue
+
+    def _key_path(self, name: str) -> Path:
+        return self.folder / f"key-{name}.json"
+
+
+def _line(entry: JournalEntry) -> bytes:
+    return json.dumps({"step": entry.step, "key": entry.key, "digest": entry.digest}).encode() + b"\n"
