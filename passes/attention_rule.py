@@ -1,0 +1,114 @@
+"""Fused attention under vmap: the sample axis is folded into the operator's own batch axis (design §3).
+
+functorch has no batching rule for CPU flash attention: it would loop over samples and unroll the graph B times. Here
+``[B, N, H, T, d]`` becomes ``[B*N, H, T, d]``, one fused call forward and one backward. No size is read from
+``info.batch_size``, which is a plain int.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _fold(x: Tensor | None, dim: int | None, batch: Any) -> Tensor | None:
+    """``[.., B at dim, ..] -> [B * first, ...]``; an unbatched tensor is first expanded (a view)."""
+    if x is None:
+        return None
+    x = x.movedim(dim, 0) if dim is not None else x.unsqueeze(0).expand(batch, *x.shape)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _unfold(x: Tensor, batch: Any) -> Tensor:
+    return x.reshape(batch, x.shape[0] // batch, *x.shape[1:])
+
+
+def _batch_size(dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> Any:
+    return next(x.shape[d] for x, d in zip(tensors, dims, strict=False) if d is not None and x is not None)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(go: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, causal: Any, scale: Any) -> Any:  # type: ignore[override]
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            go, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        batch = _batch_size(in_dims[:7], args[:7])
+        folded = [_fold(x, d, batch) for x, d in zip(args[:7], in_dims[:7], strict=True)]
+        grads = _AttentionBackward.apply(*folded, *args[7:])
+        return tuple(_unfold(g, batch) for g in grads), (0, 0, 0)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any) -> Any:  # type: ignore[override]
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, mask, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, mask, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, go: Any, _: Any) -> Any:  # type: ignore[override]
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        grads = _AttentionBackward.apply(go, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
+        return (*grads, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        batch = _batch_size(in_dims[:4], args[:4])
+        folded = [_fold(x, d, batch) for x, d in zip(args[:4], in_dims[:4], strict=True)]
+        out, lse = _Attention.apply(*folded, *args[4:])
+        return (_unfold(out, batch), _unfold(lse, batch)), (0, 0)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    mask_is_trainable: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` of one sample, in a form that vmap folds; math where fusion does not apply.
+
+    q ``[N, H, T, d]``, k and v ``[N, H, S, d]``, mask broadcastable to ``[N, H, T, S]``; same result as torch's own.
+    """
+    if enable_gqa and q.shape[-3] != k.shape[-3]:
+        repeat = q.shape[-3] // k.shape[-3]
+        k, v = k.repeat_interleave(repeat, -3), v.repeat_interleave(repeat, -3)
+    fusable = (
+        dropout_p == 0.0
+        and q.device.type == "cpu"
+        and q.dim() == 4
+        and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        and k.dim() == v.dim() == 4
+        and q.shape[-2] > 0
+        and not mask_is_trainable
+        and not (causal and mask is not None)
+    )
+    if not fusable:
+        return aten.scaled_dot_product_attention.default(q, k, v, mask, dropout_p, causal, scale=scale)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        while mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+    return _Attention.apply(q, k, v, mask, causal, scale)[0]

@@ -1,0 +1,300 @@
+"""Pass 1, capture: the user's model and loss, unedited, become one joint graph of per-sample gradients.
+
+Private by construction (design §3): what vmap is given was exported from ONE sample; it has never seen the other
+samples' values, the batch size or the row's position.
+
+    export(model, loss; x[:1])  ->  vmap(grad_and_value(.))  ->  make_fx at two prime sizes  ->  one graph for every B
+    outputs: loss [B], then g_p [B, *p.shape] for every trainable p
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.func import grad_and_value, vmap
+
+from . import closures, trainables
+from .attention_rule import attention
+from .errors import CompileRefused
+from .joint_graph import Input, JointGraph, Role, Source, finish
+from .sample_rules import RULES
+from .torch_private import argument_names, is_random, keep_node_meta, leaf_names, module_stack, trace, tree_flatten, tree_unflatten
+from .unify import unify, where
+
+aten = torch.ops.aten
+SIZES = (11, 13)
+LIBRARIES = ("/torch/", "/passes/", "<")
+
+
+class _Whole(nn.Module):
+    """Model and loss as one module, called with the flat leaves of one sample's batch."""
+
+    def __init__(self, source: Source, spec: Any, constants: dict[int, Any], count: int) -> None:
+        super().__init__()
+        self.model, self._loss_fn, self._spec = source.model, source.loss_fn, spec
+        self._constants, self._count = constants, count
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        rest = iter(tensors)
+        leaves = [self._constants[i] if i in self._constants else next(rest) for i in range(self._count)]
+        return self._loss_fn(self.model, tree_unflatten(leaves, self._spec))
+
+
+class _OneSample(fx.Interpreter):
+    """Runs the exported one-sample graph under vmap, with attention that knows how to be folded."""
+
+    trainable_masks: set[fx.Node]
+    current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.scaled_dot_product_attention.default:
+            assert self.current is not None
+            names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return attention(
+                given["query"],
+                given["key"],
+                given["value"],
+                given.get("attn_mask"),
+                given.get("dropout_p", 0.0),
+                given.get("is_causal", False),
+                scale=given.get("scale"),
+                enable_gqa=given.get("enable_gqa", False),
+                mask_is_trainable=self.current in self.trainable_masks,
+            )
+        return RULES.get(target, target)(*args, **kwargs)
+
+
+def split_batch(batch: Any) -> tuple[list[torch.Tensor], dict[int, Any], Any, list[str], int]:
+    """Tensor leaves, public constants by leaf index, tree spec, leaf names, batch size; unequal sizes are refused."""
+    leaves, spec = tree_flatten(batch)
+    names = leaf_names(batch)
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    if not tensors:
+        raise CompileRefused("The batch holds no tensor. Give a tensor, or a dict, list or tuple of tensors with dim 0 = batch.")
+    sizes = {n: x.shape[0] if x.dim() else None for n, x in zip(names, leaves, strict=True) if isinstance(x, torch.Tensor)}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        raise CompileRefused(f"Every tensor of the batch must have the batch as dim 0, of one size; got {sizes}.")
+    constants = {i: x for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
+    for i, value in constants.items():
+        if not isinstance(value, (type(None), bool, int, float, str)):
+            raise CompileRefused(f"The batch entry {names[i]} is a {type(value).__name__}; only tensors and plain constants work.")
+    return tensors, constants, spec, [n for i, n in enumerate(names) if i not in constants], int(tensors[0].shape[0])
+
+
+def export_one(source: Source) -> torch.export.ExportedProgram:
+    """The exported, functionalized program of model and loss on one sample. Refuses with the user's line."""
+    tensors, constants, spec, _, size = split_batch(source.example_batch)
+    if size < 2:
+        raise CompileRefused("example_batch needs at least 2 samples, made up or public, so that mixing can be seen.")
+    whole = _Whole(source, spec, constants, len(tensors) + len(constants))
+    one = tuple(x[:1].detach().clone() for x in tensors)
+    with _dropout_off(source.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(whole, one, strict=False).run_decompositions({})
+        except CompileRefused:
+            raise
+        except Exception as error:
+            raise CompileRefused(
+                f"{type(source.model).__name__} could not be captured on one sample: {_first_line(error)}.{_user_line(error)} "
+                "Values that steer Python (.item(), `if tensor:`, data-dependent sizes) have no graph; take the branch "
+                "out of the model's forward or choose the model's own switch that avoids it."
+            ) from error
+    _refuse_mutation(program)
+    return program
+
+
+def capture(source: Source) -> JointGraph:
+    """The joint graph ``(trainables, frozen, batch) -> (loss [B], per-sample gradients)`` for any batch size."""
+    refuse_train_mode_batchnorm(source.model)
+    if not source.public_tensors:
+        closures.refuse_private_tensors(source.loss_fn, source.model)
+    program = export_one(source)
+    tensors, _, spec, names, _ = split_batch(source.example_batch)
+    module = program.graph_module
+    specs = program.graph_signature.input_specs
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    by_name = {
+        str(s.target).removeprefix("model."): n
+        for s, n in zip(specs, placeholders, strict=True)
+        if s.kind is InputKind.PARAMETER
+    }
+    selection = trainables.select(source.model, source.trainable, by_name)
+    chosen = [t.name for t in selection.targets]
+    roles, targets = [], []
+    for s in specs:
+        target = str(s.target or "").removeprefix("model.")
+        is_trainable = s.kind is InputKind.PARAMETER and target in chosen
+        roles.append(Role.BATCH if s.kind is InputKind.USER_INPUT else Role.TRAINABLE if is_trainable else Role.FROZEN)
+        targets.append(target)
+    state = {**program.constants, **program.state_dict, **dict(source.model.named_parameters(remove_duplicate=False))}
+    state = {k.removeprefix("model."): v for k, v in state.items()}
+    state.update(dict(source.model.named_buffers(remove_duplicate=False)))
+    frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
+    interpreter = _OneSample(module)
+    interpreter.trainable_masks = _masks_that_need_gradients(module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE])
+
+    def loss_of_one(trained: list[Any], fixed: list[Any], *sample: Any) -> Any:
+        feeds = {
+            Role.TRAINABLE: dict(zip(chosen, trained, strict=True)),
+            Role.FROZEN: dict(zip(frozen, fixed, strict=True)),
+        }
+        rows = iter(x[None] for x in sample)
+        values = [next(rows) if r is Role.BATCH else feeds[r][t] for r, t in zip(roles, targets, strict=True)]
+        loss = interpreter.run(*values, enable_io_processing=False)[-1]
+        return loss.reshape(())
+
+    per_sample = vmap(grad_and_value(loss_of_one), in_dims=(None, None) + (0,) * len(tensors))
+
+    def joint(trained: list[Any], fixed: list[Any], *batch: Any) -> Any:
+        gradients, loss = per_sample(trained, fixed, *batch)
+        return (loss, *gradients)
+
+    one_loss = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0][-1]
+    _refuse_loss_shape(one_loss)
+    trained = [state[n].detach() for n in chosen]
+    fixed = [state[n].detach() for n in frozen]
+    graphs = []
+    for size in SIZES:
+        batch = [x[:1].detach().expand(size, *x.shape[1:]).contiguous() for x in tensors]
+        graphs.append(_trace(joint, module, trained, fixed, batch))
+    graph = unify(graphs[0], graphs[1], SIZES, len(chosen) + len(frozen))
+    result = finish(graph)
+    nodes = [n.name for n in result.graph.nodes if n.op == "placeholder"]
+    labels = [(Role.TRAINABLE, n) for n in chosen] + [(Role.FROZEN, n) for n in frozen] + [(Role.BATCH, n) for n in names]
+    inputs = tuple(Input(n, r, t) for n, (r, t) in zip(nodes, labels, strict=True))
+    kept = {n: state[n] for n in chosen + frozen}
+    return JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
+
+
+def refuse_train_mode_batchnorm(model: nn.Module) -> None:
+    """BatchNorm in train mode mixes samples and writes un-noised statistics of private data into its buffers."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) and (
+            module.training or not module.track_running_stats
+        ):
+            raise CompileRefused(
+                f"{name or 'the model'} ({type(module).__name__}) is in train mode: it mixes the samples of a batch and its "
+                "running statistics would absorb private data without noise. Call model.eval() (or that module's .eval()) "
+                "before compile, or replace it by GroupNorm."
+            )
+
+
+@contextlib.contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    """Dropout modules are captured in eval mode, and get their own mode back."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    modules = [m for m in model.modules() if m.training and (isinstance(m, kinds) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))]
+    for m in modules:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.training = True
+
+
+def _trace(joint: Any, module: fx.GraphModule, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
+    # oneDNN's fused RNN has no batching rule; without it nn.LSTM and nn.GRU unroll over time, never over samples.
+    with warnings.catch_warnings(record=True) as caught, keep_node_meta(), torch.backends.mkldnn.flags(enabled=False):
+        warnings.simplefilter("always")
+        try:
+            graph = trace(joint, trained, fixed, *batch)
+        except CompileRefused:
+            raise
+        except Exception as error:
+            raise CompileRefused(
+                f"The model's operators could not be batched over samples: {_first_line(error)}.{_user_line(error)}"
+            ) from error
+    for warning in caught:
+        text = str(warning.message)
+        if "batching rule" in text and "aten::" in text:
+            op = text.split("aten::")[1].split(".")[0].split(" ")[0].rstrip(",;'\"")
+            raise CompileRefused(
+                f"The operator aten::{op} would be unrolled over samples: it has no batching rule.{_find_operator(module, op)} "
+                "Replace it in the model by an operator that has one."
+            )
+    for node in graph.graph.nodes:
+        if is_random(node):
+            raise CompileRefused(
+                f"The operator {node.target} draws random numbers in the model.{where(node)} Call model.eval(), or set "
+                "its dropout probability to zero: randomness inside the graph is not part of the privacy proof."
+            )
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _find_operator(module: fx.GraphModule, op: str) -> str:
+    stem = op.replace("_backward", "").strip("_")
+    for node in module.graph.nodes:
+        if node.op == "call_function" and stem in str(node.target):
+            path = module_stack(node.meta)
+            return f" It is used in module {path.removeprefix('model.') or 'the model'}.{where(node)}"
+    return ""
+
+
+def _masks_that_need_gradients(module: fx.GraphModule, trained: list[fx.Node]) -> set[fx.Node]:
+    """Attention nodes whose mask depends on a trainable: flash attention has no gradient for it."""
+    depends = set(trained)
+    for node in module.graph.nodes:
+        if any(i in depends for i in node.all_input_nodes):
+            depends.add(node)
+    result = set()
+    for node in module.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            assert argument_names(node.target)[3] == "attn_mask"
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if mask in depends:
+                result.add(node)
+    return result
+
+
+def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            name = str(spec.target).removeprefix("model.")
+            raise CompileRefused(
+                f"The model writes its buffer {name!r} in forward: it would keep private data without noise. Put the module "
+                f"that owns it ({name.rpartition('.')[0] or 'the model'}) in eval mode, or stop it from writing."
+            )
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CompileRefused(f"The model writes one of its inputs or parameters in forward ({spec.target}); that is refused.")
+
+
+def _refuse_loss_shape(loss: Any) -> None:
+    shape = tuple(loss.meta["val"].shape) if isinstance(loss, fx.Node) and hasattr(loss.meta.get("val"), "shape") else None
+    if shape is None:
+        raise CompileRefused("loss_fn must return a tensor: one loss per sample [B], or their mean or sum.")
+    dtype = loss.meta["val"].dtype
+    if shape not in ((), (1,)) or not dtype.is_floating_point:
+        raise CompileRefused(
+            f"loss_fn returned shape {list(shape)} and dtype {dtype} for a batch of one sample; it must return one floating "
+            "point loss per sample, shape [B] (or their mean or sum). For a loss per token, reduce over the tokens of each "
+            "sample first, e.g. loss.mean(dim=1)."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}".rstrip(".")
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost frame that is neither torch's nor ours: the user's model or loss."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in LIBRARIES)]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f' It comes from File "{frame.filename}", line {frame.lineno}, in {frame.name}: `{(frame.line or "").strip()}`.'

@@ -1,0 +1,186 @@
+"""The type that flows through the compiler: a frozen joint forward+backward graph, its roles, facts and trail."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from .clipping import Clipping
+
+
+class Role(enum.Enum):
+    """What an input of the graph is. BATCH, MASK and ACCUMULATOR are private data; NOISE is the host's secret draw."""
+
+    TRAINABLE = "trainable"
+    FROZEN = "frozen"
+    BATCH = "batch"
+    MASK = "sample_mask"
+    ACCUMULATOR = "accumulator"
+    NOISE = "noise"
+
+
+class Fact(enum.Enum):
+    """What has been proved of a graph so far; each is one predicate in ``facts.py``, apart from the pass that gives it."""
+
+    FUNCTIONAL = "functional"
+    PER_SAMPLE = "per_sample"
+    CLIPPED = "clipped"
+    PARTIAL = "partial"
+    NOISED = "noised"
+    SEALED = "sealed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One placeholder: its name in the graph, its role, and the state or batch entry that feeds it."""
+
+    name: str
+    role: Role
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One trainable: parameter name, shape and dtype, and the rule that chose it (``name``, ``structure``, a pattern)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rule: str
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is trained and what is not: near misses and unused parameters each carry the reason."""
+
+    targets: tuple[Target, ...]
+    near_misses: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Public scale of the noise: std is ``noise_multiplier * max_grad_norm``; the sum is divided by the batch size."""
+
+    noise_multiplier: float
+    expected_batch_size: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrailEntry:
+    """What one pass did: its name, seconds, and the node count before and after."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What the user gave ``compile``: the model is never edited."""
+
+    model: torch.nn.Module
+    loss_fn: Callable[[Any, Any], torch.Tensor]
+    example_batch: Any
+    trainable: str | tuple[str, ...] = "bias"
+    clipping: Clipping | None = None
+    noise: Noise | None = None
+    public_tensors: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class JointGraph:
+    """A joint graph whose placeholders are ``inputs`` in order, roles grouped as in :class:`Role`'s order.
+
+    Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
+    After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
+    ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy).
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    selection: Selection
+    batch_spec: Any
+    state: Mapping[str, torch.Tensor]
+    facts: frozenset[Fact] = frozenset()
+    trail: tuple[TrailEntry, ...] = ()
+    clipping: Clipping | None = None
+    noise: Noise | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.selection.targets
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(t.numel for t in self.targets)
+
+    @property
+    def flat_dtype(self) -> torch.dtype:
+        """The dtype of the flat gradient: float64 for float64 trainables, else float32."""
+        return torch.float64 if any(t.dtype == torch.float64 for t in self.targets) else torch.float32
+
+    def with_role(self, role: Role) -> list[Input]:
+        return [i for i in self.inputs if i.role is role]
+
+    def placeholder(self, name: str) -> fx.Node:
+        return next(n for n in self.module.graph.nodes if n.op == "placeholder" and n.name == name)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        (result,) = self.module.graph.output_node().args
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    def text(self) -> str:
+        """A canonical text of the graph: one line per node, numbered, with no names that depend on the session."""
+        index = {n: f"%{i}" for i, n in enumerate(self.module.graph.nodes)}
+        roles = {i.name: i for i in self.inputs}
+        lines = []
+        for node in self.module.graph.nodes:
+            show = fx.node.map_arg((node.args, node.kwargs), lambda n: _Named(index[n]))
+            what = f"{roles[node.name].role.value} {roles[node.name].target}" if node.op == "placeholder" else str(node.target)
+            lines.append(f"{index[node]} = {what} {show[0]} {show[1]}")
+        return "\n".join(lines)
+
+    def digest(self) -> str:
+        """SHA-256 of :meth:`text`, hex: what ``privacy.json`` calls the graph hash."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def copy_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of the graph to rewrite, with a map from old nodes to new: passes never touch the graph they were given."""
+    graph, mapping = fx.Graph(), {}
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    return graph, mapping
+
+
+def finish(graph: fx.Graph) -> fx.GraphModule:
+    """Drop dead nodes, lint, and compile a rewritten graph to a module with no state of its own."""
+    graph.eliminate_dead_code()
+    graph.lint()
+    return fx.GraphModule(torch.nn.Module(), graph, class_name="DPGraph")

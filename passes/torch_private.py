@@ -1,0 +1,84 @@
+"""Every private or unstable name of torch that the compiler leans on. Checked on torch 2.11, 2.12 and 2.13.
+
+Nothing else in this repository may import ``torch._*`` or ``torch.fx.experimental``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+TreeSpec = pytree.TreeSpec
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of a nest of dicts, lists, tuples and dataclasses registered with torch."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """A readable path for every leaf: ``['input_ids']`` is shown as ``input_ids``, nested paths with dots."""
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    names = []
+    for path, _leaf in paths:
+        parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+        names.append(".".join(parts) or "batch")
+    return names
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """make_fx under fake tensors: one flat ATen graph of everything ``fn`` did, functorch transforms included."""
+    return make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+
+
+@contextlib.contextmanager
+def keep_node_meta() -> Iterator[None]:
+    """Nodes traced while an ``fx.Interpreter`` runs inherit the line and module of the node being interpreted."""
+    from torch.fx import traceback
+
+    with traceback.preserve_node_meta():
+        yield
+
+
+def schema_is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
+def is_op(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; fused attention does only with a dropout probability above zero."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = [a.name for a in target._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    at = names.index("dropout_p")
+    return (node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of an ATen operator's arguments in schema order, keyword-only ones included."""
+    return [a.name for a in target._schema.arguments]
+
+
+def module_stack(meta: Mapping[str, Any]) -> str:
+    """The innermost module of the user's model that a node came from, as a dotted path ('' for the root)."""
+    stack = meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return path

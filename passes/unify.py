@@ -1,0 +1,126 @@
+"""Two captures at two prime batch sizes become one graph with a symbolic batch (design §3, dynamic batch).
+
+functorch's C++ rules burn the batch size into view and expand sizes. Node by node: an integer equal in both graphs is a
+constant; one in the ratio of the two sizes is that multiple of the batch; anything else is refused, since a value that
+depends on the batch size in another way makes a row depend on how many others there are.
+"""
+
+from __future__ import annotations
+
+import collections
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import CompileRefused
+
+aten = torch.ops.aten
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+class _Multiple:
+    """``factor * B``, standing in an argument list until it becomes ``-1`` or a node."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+
+def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], batch_input: int) -> fx.Graph:
+    """One graph for every batch size; B is read from dim 0 of the placeholder number ``batch_input``."""
+    a, b = list(one.graph.nodes), list(other.graph.nodes)
+    if len(a) != len(b):
+        raise CompileRefused(_unrolled(a, b, sizes))
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    place = {n: i for i, n in enumerate(a)}
+    place_other = {n: i for i, n in enumerate(b)}
+    symbols: dict[int, fx.Node] = {}
+    last = [n for n in a if n.op == "placeholder"][-1]
+
+    def symbol(factor: int) -> fx.Node:
+        if 1 not in symbols:
+            first = [mapping[n] for n in a if n.op == "placeholder"][batch_input]
+            with graph.inserting_after(mapping[last]):
+                symbols[1] = graph.call_function(aten.sym_size.int, (first, 0))
+        if factor not in symbols:
+            with graph.inserting_after(symbols[1]):
+                symbols[factor] = graph.call_function(operator.mul, (symbols[1], factor))
+        return symbols[factor]
+
+    def merge(x: Any, y: Any, node: fx.Node) -> Any:
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node) and place[x] == place_other[y]:
+            return mapping[x]
+        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y):
+            return type(x)(merge(p, q, node) for p, q in zip(x, y, strict=True)) if not hasattr(x, "_fields") else x
+        if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
+            return {k: merge(x[k], y[k], node) for k in x}
+        if type(x) is type(y) and (x == y or (x != x and y != y)):
+            return x
+        if type(x) is int and type(y) is int and x * sizes[1] == y * sizes[0] and x % sizes[0] == 0:
+            return _Multiple(x // sizes[0])
+        raise CompileRefused(
+            f"The operator {node.target} takes {x!r} for a batch of {sizes[0]} and {y!r} for a batch of {sizes[1]}: its "
+            f"result depends on how many samples there are.{where(node)} Such a model has no per-sample meaning."
+        )
+
+    def place_symbols(args: Any, target: Any) -> Any:
+        if isinstance(args, _Multiple):
+            return symbol(args.factor)
+        if isinstance(args, (list, tuple)):
+            batched = [x for x in args if isinstance(x, _Multiple)]
+            if target in VIEWS and len(batched) == 1 and all(isinstance(x, (int, _Multiple)) for x in args):
+                if -1 not in args and 0 not in args:
+                    return [-1 if isinstance(x, _Multiple) else x for x in args]
+            return type(args)(place_symbols(x, target) for x in args)
+        if isinstance(args, dict):
+            return {k: place_symbols(v, target) for k, v in args.items()}
+        return args
+
+    for x, y in zip(a, b, strict=True):
+        if x.op != y.op or (x.op == "call_function" and x.target != y.target):
+            raise CompileRefused(
+                f"The captured graph differs with the batch size: {x.target} for {sizes[0]} samples, {y.target} for "
+                f"{sizes[1]}.{where(x)}"
+            )
+        if x.op == "placeholder":
+            mapping[x] = graph.placeholder(x.name)
+            continue
+        args, kwargs = merge(x.args, y.args, x), merge(x.kwargs, y.kwargs, x)
+        args, kwargs = place_symbols(args, x.target), place_symbols(kwargs, x.target)
+        if x.op == "output":
+            graph.output(args[0])
+            continue
+        # A view of strides that only fit one batch size becomes a reshape: the graph is functional, so both mean the same.
+        target = aten.reshape.default if x.target in VIEWS else x.target
+        mapping[x] = graph.create_node(x.op, target, args, kwargs, name=x.name)
+        for key in ("stack_trace", "nn_module_stack"):
+            if x.meta.get(key):
+                mapping[x].meta[key] = x.meta[key]
+    return graph
+
+
+def _unrolled(a: list[fx.Node], b: list[fx.Node], sizes: tuple[int, int]) -> str:
+    """Names the operators that occur more often in the larger batch's graph, and the user's line of the first."""
+    counts = collections.Counter(str(n.target) for n in b if n.op == "call_function")
+    counts.subtract(str(n.target) for n in a if n.op == "call_function")
+    more = [op for op, count in counts.most_common() if count > 0]
+    first = next((n for n in b if str(n.target) in more and where(n)), None)
+    return (
+        f"The captured graph has {len(a)} nodes for a batch of {sizes[0]} and {len(b)} for a batch of {sizes[1]}: the "
+        f"operators {', '.join(more[:5])} are unrolled over samples.{where(first) if first else ''} Replace the operator "
+        "in the model by one that has a batching rule."
+    )
+
+
+def where(node: fx.Node) -> str:
+    """`` It comes from line ... of ...`` for a node that knows the user's line, else nothing."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in str(trace).strip().splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not files:
+        return ""
+    at = files[-1]
+    code = lines[at + 1] if at + 1 < len(lines) else ""
+    return f" It comes from {lines[at]}: `{code}`." if code else f" It comes from {lines[at]}."
