@@ -1,0 +1,283 @@
+"""ATen-level replacements for the operators of a sealed graph that ONNX exporters do not know: mostly backward passes.
+
+The graph that is exported is the *sealed* one, interpreted node by node; only the operators in ``LOWERINGS`` are replaced,
+each by the same mathematics in operators that have an ONNX form. Nothing is captured again from the user's model.
+
+Backward passes of pooling and resizing are linear and separable, so they become one small matrix product per axis; the
+matrices come from running the forward operator itself on an identity, never from formulas of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpbitfit_fx.errors import ExportError
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+class Lowered(torch.nn.Module):
+    """``module`` run by an interpreter that replaces the operators of ``LOWERINGS``; same inputs, same outputs.
+
+    Call it once on real tensors before exporting it: that run builds the constants (pooling matrices) that the symbolic
+    run then finds as buffers.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *args: Any) -> Any:
+        result = _Interpreter(self).run(*args, enable_io_processing=False)
+        return result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+
+    def constant(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        name = "constant_" + key
+        if name not in self._buffers:
+            self.register_buffer(name, make())
+        return self.get_buffer(name)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, owner: Lowered) -> None:
+        super().__init__(owner.inner, garbage_collect_values=True)
+        self.owner = owner
+        self.current = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        lowering = LOWERINGS.get(target)
+        if lowering is not None:
+            return lowering(self, *args, **kwargs)
+        if target in DROPPED:
+            return None
+        if str(target) in UNSUPPORTED:
+            raise ExportError(
+                f"The private graph uses {target} (node {self.current}), which has no ONNX form here yet: "
+                f"{UNSUPPORTED[str(target)]}. Train this model with the PyTorch step, or replace the operator in the model."
+            )
+        return super().call_function(target, args, kwargs)
+
+    def matrix(self, axis: int, make: Callable[[], Tensor]) -> Tensor:
+        return self.owner.constant(f"{self.current}_{axis}", make)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention_weights(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, float]:
+    """softmax(q kᵀ scale + mask), the scores, and the scale. A row with every key masked has weights 0, as the CPU kernel."""
+    factor = float(scale) if scale is not None else q.shape[-1] ** -0.5
+    scores = torch.matmul(q, k.transpose(-2, -1)) * factor
+    if causal:
+        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        shut = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
+        mask = shut if mask is None else mask + shut
+    if mask is None:
+        return torch.softmax(scores, -1), scores, factor
+    scores = scores + mask
+    weights = torch.softmax(scores, -1)
+    dead = mask.amax(-1, keepdim=True) == float("-inf")
+    return torch.where(dead, torch.zeros((), dtype=q.dtype, device=q.device), weights), scores, factor
+
+
+def _no_dropout(p: float) -> None:
+    if p:
+        raise ExportError("The private graph holds attention with dropout. Put the model in eval() or set dropout to 0, and compile again.")
+
+
+def _flash(
+    _: _Interpreter, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _no_dropout(dropout_p)
+    weights, scores, _factor = _attention_weights(q, k, is_causal, attn_mask, scale)
+    return torch.matmul(weights, v), torch.logsumexp(scores, -1)
+
+
+def _flash_backward(
+    _: _Interpreter, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, dropout_p: float,
+    is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _no_dropout(dropout_p)
+    weights, _scores, factor = _attention_weights(q, k, is_causal, attn_mask, scale)
+    grad_v = torch.matmul(weights.transpose(-2, -1), grad_out)
+    grad_weights = torch.matmul(grad_out, v.transpose(-2, -1))
+    # The softmax's own term, sum(grad_weights * weights), equals sum(grad_out * out), which is smaller.
+    grad_scores = weights * (grad_weights - (grad_out * out).sum(-1, keepdim=True)) * factor
+    return torch.matmul(grad_scores, k), torch.matmul(grad_scores.transpose(-2, -1), q), grad_v
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+
+def _convolution_backward(
+    run: _Interpreter, grad_out: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    if output_mask[1]:
+        raise ExportError(
+            f"The private graph needs the gradient of a convolution's weight (node {run.current}), which has no ONNX form "
+            "here yet. Train biases, or leave convolution weights out of `trainable`."
+        )
+    spatial = weight.dim() - 2
+    stride, padding, dilation = (_per_axis(v, spatial) for v in (stride, padding, dilation))
+    grad_x = grad_bias = None
+    if output_mask[0]:
+        extra = [0] * spatial
+        if not transposed:
+            extra = [
+                x.shape[2 + i] - ((grad_out.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+                for i in range(spatial)
+            ]
+        grad_x = aten.convolution.default(grad_out, weight, None, stride, padding, dilation, not transposed, extra, groups)
+    if output_mask[2]:
+        grad_bias = grad_out.sum([0, *range(2, grad_out.dim())])
+    return grad_x, None, grad_bias
+
+
+def _per_axis(value: int | Sequence[int], spatial: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * spatial if len(values) == 1 else values
+
+
+# -- pooling and resizing: linear and separable -----------------------------------------------------------------------
+
+
+def _separable_backward(run: _Interpreter, grad_out: Tensor, sizes: Sequence[int], forward: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Undo a separable linear map over the last axes: along axis i, ``forward(i, x)`` maps ``[N, sizes[i]]`` to ``[N, out]``."""
+    result, first = grad_out, grad_out.dim() - len(sizes)
+    for i, size in enumerate(sizes):
+
+        def make(i: int = i, size: int = size) -> Tensor:
+            eye = torch.eye(int(size), dtype=torch.float64)
+            return forward(i, eye).to(grad_out.dtype)  # [in, out]
+
+        matrix = run.matrix(i, make)
+        axis = first + i
+        if axis == result.dim() - 1:
+            result = torch.matmul(result, matrix.t())
+        else:
+            result = torch.matmul(result.transpose(axis, -1), matrix.t()).transpose(axis, -1)
+    return result
+
+
+def _avg_pool_backward(spatial: int) -> Callable[..., Tensor]:
+    def lower(
+        run: _Interpreter, grad_out: Tensor, x: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool,
+        count_include_pad: bool, divisor_override: int | None,
+    ) -> Tensor:  # fmt: skip
+        kernel = _per_axis(kernel_size, spatial)
+        stride = _per_axis(stride, spatial) if stride != [] and stride is not None else kernel
+        padding = _per_axis(padding, spatial)
+
+        def forward(i: int, eye: Tensor) -> Tensor:
+            divisor = None if divisor_override is None else 1
+            pooled: Tensor = aten.avg_pool2d.default(
+                eye[:, None, :, None], [kernel[i], 1], [stride[i], 1], [padding[i], 0], ceil_mode, count_include_pad, divisor
+            )
+            return pooled[:, 0, :, 0]
+
+        grad = grad_out if divisor_override is None else grad_out / divisor_override
+        return _separable_backward(run, grad, x.shape[-spatial:], forward)
+
+    return lower
+
+
+def _adaptive_avg_pool_backward(spatial: int) -> Callable[..., Tensor]:
+    def lower(run: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
+        out = grad_out.shape[-spatial:]
+
+        def forward(i: int, eye: Tensor) -> Tensor:
+            return torch.nn.functional.adaptive_avg_pool1d(eye[:, None, :], int(out[i]))[:, 0]
+
+        return _separable_backward(run, grad_out, x.shape[-spatial:], forward)
+
+    return lower
+
+
+def _nearest_backward(spatial: int, op: Any) -> Callable[..., Tensor]:
+    def lower(run: _Interpreter, grad_out: Tensor, output_size: Sequence[int], input_size: Sequence[int], *scales: float | None) -> Tensor:
+        def forward(i: int, eye: Tensor) -> Tensor:
+            scale = scales[i] if i < len(scales) else None
+            resized: Tensor = op(eye[:, None, :], [int(output_size[i])], scale)
+            return resized[:, 0]
+
+        return _separable_backward(run, grad_out, list(input_size)[-spatial:], forward)
+
+    return lower
+
+
+def _linear_backward(spatial: int, op: Any) -> Callable[..., Tensor]:
+    def lower(
+        run: _Interpreter, grad_out: Tensor, output_size: Sequence[int], input_size: Sequence[int], align_corners: bool,
+        *scales: float | None,
+    ) -> Tensor:  # fmt: skip
+        def forward(i: int, eye: Tensor) -> Tensor:
+            scale = scales[i] if i < len(scales) else None
+            # Two equal columns, kept as they are: the 2-D operators have no 1-D form for cubic.
+            resized: Tensor = op(eye[:, None, :, None], [int(output_size[i]), 1], align_corners, scale, None)
+            return resized[:, 0, :, 0]
+
+        return _separable_backward(run, grad_out, list(input_size)[-spatial:], forward)
+
+    return lower
+
+
+def _unfold_backward(_: _Interpreter, grad_in: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Overlapping windows of one axis, put back by a sum over the window's positions: a one-hot matrix product."""
+    dim = dim % len(input_sizes)
+    length = int(input_sizes[dim])
+    windows = (length - size) // step + 1
+    # [windows * size, length]: window w, position p reads w * step + p.
+    index = (torch.arange(windows).unsqueeze(1) * step + torch.arange(size).unsqueeze(0)).reshape(-1)
+    onehot = (index.unsqueeze(1) == torch.arange(length).unsqueeze(0)).to(grad_in.dtype)
+    moved = grad_in.movedim(dim, -2)
+    flat = moved.reshape([*moved.shape[:-2], windows * size])
+    return torch.matmul(flat, onehot).movedim(-1, dim)
+
+
+def _reshape(_: _Interpreter, x: Tensor, size: Sequence[int]) -> Tensor:
+    # A replaced operator may leave other strides than the kernel it replaces; ONNX has no strides anyway.
+    return x.reshape(list(size))
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    aten.view.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+    aten.convolution_backward.default: _convolution_backward,
+    aten.avg_pool2d_backward.default: _avg_pool_backward(2),
+    aten.avg_pool3d_backward.default: _avg_pool_backward(3),
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward(2),
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_avg_pool_backward(3),
+    aten.upsample_nearest1d_backward.default: _nearest_backward(1, aten.upsample_nearest1d.default),
+    aten.upsample_nearest2d_backward.default: _nearest_backward(2, aten.upsample_nearest1d.default),
+    aten.upsample_nearest3d_backward.default: _nearest_backward(3, aten.upsample_nearest1d.default),
+    aten._upsample_nearest_exact1d_backward.default: _nearest_backward(1, aten._upsample_nearest_exact1d.default),
+    aten._upsample_nearest_exact2d_backward.default: _nearest_backward(2, aten._upsample_nearest_exact1d.default),
+    aten.upsample_linear1d_backward.default: _linear_backward(1, aten.upsample_bilinear2d.default),
+    aten.upsample_bilinear2d_backward.default: _linear_backward(2, aten.upsample_bilinear2d.default),
+    aten.upsample_bicubic2d_backward.default: _linear_backward(2, aten.upsample_bicubic2d.default),
+    aten.unfold_backward.default: _unfold_backward,
+}
+
+# Checks on metadata say nothing about values, and have no ONNX form.
+DROPPED: frozenset[Any] = frozenset({aten._assert_tensor_metadata.default})
+
+UNSUPPORTED: dict[str, str] = {
+    "aten._fused_rms_norm_backward.default": "write the RMS norm in plain operators, as transformers does",
+    "aten._scaled_dot_product_efficient_attention.default": "it was compiled for CUDA; compile on the CPU to export",
+    "aten._scaled_dot_product_flash_attention.default": "it was compiled for CUDA; compile on the CPU to export",
+    "aten._scaled_dot_product_cudnn_attention.default": "it was compiled for CUDA; compile on the CPU to export",
+}
