@@ -284,6 +284,10 @@ class ItemLayout:
         """The pytree that the loss sees, from one tensor per leaf path."""
         return _rebuild(self.skeleton, values)
 
+    def on_device(self, batch: Any, device: torch.device) -> Any:
+        """The same batch, its tensors on `device`."""
+        return self.assemble({path: leaf.to(device) for path, leaf in _leaves(batch)})
+
     def example_batch(self, bucket: int) -> Any:
         """A public batch of this bucket's shapes: the user's own, cut or repeated to length, or made up from shapes.
 
@@ -448,9 +452,6 @@ class PhysicalBatches:
         for bucket, pending in enumerate(waiting):
             if pending:
                 yield self.assemble(bucket, pending, numbers[bucket])
-
-    def public_template(self) -> Any:
-        return self.layout.example_batch(0)
 
 
 @contextlib.contextmanager
