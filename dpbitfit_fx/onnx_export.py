@@ -1,0 +1,599 @@
+"""The export core, and ``export_onnx``: a private step as two plain ONNX graphs that any current onnxruntime runs.
+
+``grad_step.onnx``    batch..., sample_mask[B], theta[D], accumulator[D] -> accumulator_out[D]     (a SECRET sum)
+``update_step.onnx``  theta, (m, v, t,) accumulator, noise[D], learning_rate -> theta_out, (m_out, v_out, t_out)
+
+Both come from the sealed halves of the step: R, sigma and the expected batch size are constants of the graphs, the batch
+size is free, and the noise is an input that the host draws from a secure source (no exported graph may hold an operator
+that draws random numbers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+from dpbitfit_fx.errors import ArtifactError, ExportError
+from dpbitfit_fx.files import atomic_write_text, describe_os_error
+from dpbitfit_fx.onnx_lowering import Lowered
+from dpbitfit_fx.passes.joint_graph import JointGraph, Role
+from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FORMAT: Final = "dpbitfit_fx.onnx.v1"
+OPSET: Final = 18  # every runtime since 2023, and below the 21 that ONNX Runtime Training 1.19.2 reads
+IR_VERSION: Final = 10
+EXPORT_ROWS: Final = 5  # a size that no other dimension of a model is likely to have
+RANDOM_OPS: Final = frozenset(
+    ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"]
+)
+_RESERVED: Final = frozenset(
+    ["sample_mask", "accumulator", "accumulator_out", "noise", "theta", "m", "v", "t", "learning_rate", "lazy_reset_grad", "step"]
+)
+_DTYPES: Final = {torch.float32: "float32", torch.int64: "int64", torch.bool: "bool", torch.int32: "int32", torch.uint8: "uint8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """torch.optim.AdamW's update. ``weight_decay=0`` (the default here) makes it Adam, which is what ``fit`` uses."""
+
+    lr: float = 5e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """Plain stochastic gradient descent: ``theta - lr * gradient``, no momentum."""
+
+    lr: float = 0.1
+
+
+Optimizer = AdamW | SGD
+
+
+def resolve_optimizer(optimizer: str | Optimizer) -> Optimizer:
+    """The optimizer by name ("adamw" or "sgd") or as it is; every number checked."""
+    if isinstance(optimizer, str):
+        named: dict[str, Optimizer] = {"adamw": AdamW(), "adam": AdamW(), "sgd": SGD()}
+        if optimizer.lower() not in named:
+            raise ExportError(f"optimizer={optimizer!r} cannot be exported. Use 'adamw' or 'sgd', or AdamW(lr=...) or SGD(lr=...).")
+        return named[optimizer.lower()]
+    numbers = [optimizer.lr] + ([*optimizer.betas, optimizer.eps, optimizer.weight_decay] if isinstance(optimizer, AdamW) else [])
+    if not all(math.isfinite(x) and x >= 0 for x in numbers) or (isinstance(optimizer, AdamW) and max(optimizer.betas) >= 1):
+        raise ExportError(f"{optimizer} has a setting that is negative, not finite, or a beta of 1 or more.")
+    return optimizer
+
+
+# -- what is exported -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One trainable: its torch name, its name in the graphs, its shape, and where it starts in the flat vector."""
+
+    name: str
+    onnx_name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchInput:
+    """One leaf of the batch: its path in the user's pytree, its name in the graphs, its shape without the batch axis."""
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Names, shapes and order of everything that goes in and out of the graphs."""
+
+    parameters: tuple[Parameter, ...]
+    batch: tuple[BatchInput, ...]
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel for p in self.parameters)
+
+
+def safe_name(wanted: str, taken: set[str], fallback: str) -> str:
+    """``wanted`` where ONNX Runtime gives it no meaning of its own and nobody has it; else a variant. Adds it to ``taken``."""
+    name = re.sub(r"[^A-Za-z0-9_.]", "_", wanted)
+    if not name or not (name[0].isalpha() or name[0] == "_"):
+        name = f"{fallback}_{name}"
+    if name.endswith("_grad") or name.endswith(".buffer") or name.endswith(".out") or name in _RESERVED:
+        name += "_"
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def layout_of(step: Any) -> Layout:
+    """The layout of a compiled step. Raises ExportError for dtypes that the exported graphs cannot hold."""
+    taken: set[str] = set()
+    parameters, offset = [], 0
+    for name in step.trainable_names:
+        shape = tuple(step.trainable_shapes[name])
+        parameters.append(Parameter(name, safe_name(name, taken, "parameter"), shape, offset))
+        offset += math.prod(shape)
+    leaves, _spec = tree_flatten(step.example_batch)
+    batch = []
+    for path, leaf in zip(leaf_names(step.example_batch), leaves, strict=True):
+        if leaf.dtype not in _DTYPES:
+            raise ExportError(f"The batch entry {path!r} is {leaf.dtype}; exported graphs take float32, int64, int32, uint8 or bool.")
+        batch.append(BatchInput(safe_name(path, taken, "batch"), path, tuple(leaf.shape[1:]), _DTYPES[leaf.dtype]))
+    return Layout(tuple(parameters), tuple(batch))
+
+
+def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: float | None) -> Any:
+    """The step with its noise baked in; refused where there is none, or where it is not float32 on the CPU."""
+    if noise_multiplier is not None or expected_batch_size is not None:
+        sigma = noise_multiplier if noise_multiplier is not None else step.noise_multiplier
+        expected = expected_batch_size if expected_batch_size is not None else step.expected_batch_size
+        if sigma is None or expected is None:
+            raise ExportError("Give both noise_multiplier and expected_batch_size: a private step needs its noise and its denominator.")
+        step = step.with_noise(float(sigma), float(expected))
+    if step.noise_multiplier is None or step.expected_batch_size is None:
+        raise ExportError(
+            "This step adds no noise, so what it trains would not be private, and it cannot be exported. Give noise_multiplier= "
+            "and expected_batch_size= here or to compile()."
+        )
+    if step.dtype != torch.float32 or torch.device(step.device).type != "cpu":
+        raise ExportError(
+            f"Exported steps are float32 on the CPU; this one is {step.dtype} on {step.device}. Convert the model with "
+            "model.float().cpu() and compile it again."
+        )
+    return step
+
+
+def example_rows(batch: Any, rows: int) -> list[torch.Tensor]:
+    """The leaves of ``batch``, its rows repeated or cut to ``rows``; no two leaves share memory."""
+    leaves, _ = tree_flatten(batch)
+    return [torch.cat([x.detach()] * -(-rows // max(1, x.shape[0])))[:rows].clone() for x in leaves]
+
+
+def flat_parameters(step: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The current values of the trainables, flat, in the step's order: float32[D]."""
+    named = dict(step.model.named_parameters(remove_duplicate=False))
+    return torch.cat([named[n].detach().reshape(-1).float().cpu() for n in step.trainable_names]).numpy().copy()
+
+
+# -- torch -> ONNX ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports packages it does not need, and its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def to_onnx(
+    module: torch.nn.Module, args: Sequence[torch.Tensor], names: Sequence[str], batched: Sequence[bool], outputs: Sequence[str], what: str
+) -> ir.Model:
+    """``module(*args)`` as an ONNX model (opset 18, IR 10) whose inputs and outputs carry the given names.
+
+    Args:
+        batched: for every input, whether its dimension 0 is the batch, which stays free.
+        what: what is exported, for error messages.
+
+    Raises:
+        ExportError: torch cannot trace it with a free batch size, or has no ONNX form for an operator.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError("Exporting needs onnx and onnxscript: pip install 'dpbitfit_fx[ort]'.") from error
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    dynamic = tuple({0: batch} if b else None for b in batched)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(module.eval(), tuple(args), dynamic_shapes=_var_dynamic(module, dynamic), strict=False)
+            program = program.run_decompositions()
+            exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
+    except ExportError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"{what} could not be turned into ONNX: {first}. The PyTorch step is not affected. If an operator is named, replace it in "
+            "the model or report it."
+        ) from error
+    assert exported is not None
+    model = exported.model
+    clean(model)
+    if len(model.graph.inputs) != len(names) or len(model.graph.outputs) != len(outputs):
+        raise ExportError(f"{what} lost an input or an output on its way to ONNX ({len(model.graph.inputs)} of {len(names)} inputs left).")
+    rename(model, {v: n for v, n in zip([*model.graph.inputs, *model.graph.outputs], [*names, *outputs], strict=True)})
+    return model
+
+
+def _var_dynamic(module: torch.nn.Module, dynamic: tuple[Any, ...]) -> Any:
+    # `forward(*args)` takes its specification as one nested tuple.
+    return (dynamic,)
+
+
+def clean(model: ir.Model) -> None:
+    """Drop stack traces and other metadata, pin the IR version, and refuse operators that draw random numbers."""
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+        if node.op_type in RANDOM_OPS:
+            raise ExportError(
+                f"The graph holds {node.op_type}: ONNX Runtime's generators are not secure, and a private step may not use them. "
+                "Put the model in eval() and compile it again."
+            )
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def rename(model: ir.Model, names: Mapping[ir.Value, str]) -> None:
+    """Give values their public names; whatever else had one of these names makes way."""
+    wanted = set(names.values())
+    graph = model.graph
+    others = [v for n in graph.all_nodes() for v in n.outputs] + list(graph.inputs) + list(graph.initializers.values())
+    for value in others:
+        if value not in names and value.name in wanted:
+            value.name = f"inner_{value.name}_{secrets.token_hex(3)}"
+    for i, value in enumerate(names):
+        value.name = f"dpbitfit_temporary_{i}"
+    for value, name in names.items():
+        value.name = name
+
+
+def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Turn the named inputs into initializers that hold ``tensors``. They were inputs so far: nothing folded them."""
+    import onnx_ir as ir
+
+    for value in list(model.graph.inputs):
+        if value.name in tensors:
+            model.graph.inputs.remove(value)
+            if value.uses():
+                array = tensors[value.name].detach().contiguous().cpu().numpy()
+                value.const_value = ir.tensor(array, name=value.name)
+                model.graph.register_initializer(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """The sealed gradient half as ONNX: parameters (by name), batch, sample_mask, accumulator -> accumulator_out."""
+
+    model: ir.Model
+    layout: Layout
+
+
+def export_core(step: Any, layout: Layout) -> Core:
+    """The PARTIAL-sealed graph of the step, lowered and exported, frozen weights as initializers.
+
+    Raises:
+        ExportError: an operator has no ONNX form.
+    """
+    joint: JointGraph = step.partial
+    leaves = example_rows(step.example_batch, EXPORT_ROWS)
+    taken = {p.onnx_name for p in layout.parameters} | {b.name for b in layout.batch} | set(_RESERVED)
+    parameters = iter(layout.parameters)
+    batch, rows = iter(layout.batch), iter(leaves)
+    args: list[torch.Tensor] = []
+    names, batched, frozen = [], [], {}
+    for entry in joint.inputs:
+        dynamic = entry.role in (Role.BATCH, Role.MASK)
+        if entry.role is Role.TRAINABLE:
+            names.append(next(parameters).onnx_name)
+            args.append(joint.state[entry.target].detach().clone())
+        elif entry.role is Role.FROZEN:
+            tensor = joint.state[entry.target].detach()
+            names.append(safe_name(entry.target, taken, "frozen"))
+            frozen[names[-1]] = tensor
+            args.append(tensor)
+        elif entry.role is Role.BATCH:
+            names.append(next(batch).name)
+            args.append(next(rows))
+        elif entry.role is Role.MASK:
+            names.append("sample_mask")
+            args.append(torch.ones(EXPORT_ROWS))
+        elif entry.role is Role.ACCUMULATOR:
+            names.append("accumulator")
+            args.append(torch.zeros(layout.num_trainable))
+        else:
+            raise ExportError(f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an export.")
+        batched.append(dynamic)
+    lowered = Lowered(joint.module)
+    with torch.no_grad():
+        lowered(*args)  # on real tensors once: it builds the constants
+    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], "The private gradient step")
+    freeze(model, frozen)
+    return Core(model, layout)
+
+
+def _unaliased(args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    seen: set[int] = set()
+    result = []
+    for x in args:
+        result.append(x.clone() if x.data_ptr() in seen else x)
+        seen.add(x.data_ptr())
+    return result
+
+
+class UpdateStep(torch.nn.Module):
+    """The SEALED half (accumulator, noise -> private gradient) followed by the optimizer, on flat vectors."""
+
+    def __init__(self, joint: JointGraph, optimizer: Optimizer) -> None:
+        super().__init__()
+        for entry in joint.inputs:
+            if entry.role not in (Role.ACCUMULATOR, Role.NOISE):
+                raise ExportError(f"The update half of the step takes an input of role {entry.role.value}, which has no place in an export.")
+        self.order = [entry.role for entry in joint.inputs]
+        self.sealed = Lowered(joint.module)
+        self.optimizer = optimizer
+
+    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *state, accumulator, noise, learning_rate = args
+        given = {Role.ACCUMULATOR: accumulator, Role.NOISE: noise}
+        gradient = self.sealed(*(given[role] for role in self.order))
+        theta = state[0]
+        if isinstance(self.optimizer, SGD):
+            return (theta - learning_rate * gradient,)
+        _theta, m, v, t = state
+        (b1, b2), eps, decay = self.optimizer.betas, self.optimizer.eps, self.optimizer.weight_decay
+        t = t + 1
+        m = b1 * m + (1 - b1) * gradient
+        v = b2 * v + (1 - b2) * gradient * gradient
+        steps = t.double()
+        # 1 - beta ** t cancels in float32.
+        correct1 = (1 - torch.exp(steps * math.log(b1))).float() if b1 else torch.ones(1)
+        correct2 = (1 - torch.exp(steps * math.log(b2))).float() if b2 else torch.ones(1)
+        theta = theta * (1 - learning_rate * decay)
+        theta = theta - learning_rate / correct1 * m / (torch.sqrt(v) / torch.sqrt(correct2) + eps)
+        return theta, m, v, t
+
+
+def export_update(step: Any, optimizer: Optimizer, layout: Layout) -> ir.Model:
+    """The SEALED half and the optimizer as one ONNX model on flat vectors."""
+    size = layout.num_trainable
+    state = ["theta"] if isinstance(optimizer, SGD) else ["theta", "m", "v", "t"]
+    values = {"t": torch.zeros(1, dtype=torch.int64), "learning_rate": torch.full((1,), 0.1)}
+    names = [*state, "accumulator", "noise", "learning_rate"]
+    args = [values.get(n, torch.full((size,), 0.5)).clone() for n in names]
+    module = UpdateStep(step.update, optimizer)
+    return to_onnx(module, args, names, [False] * len(names), [f"{n}_out" for n in state], "The private update step")
+
+
+# -- the plain pair ---------------------------------------------------------------------------------------------------
+
+
+def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """A named initializer."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    model.graph.register_initializer(value)
+    return value
+
+
+def split_flat(model: ir.Model, flat: ir.Value, layout: Layout, names: Sequence[str], prefix: str) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes that cut ``flat[D]`` into one tensor per parameter, shaped and named."""
+    import onnx_ir as ir
+
+    sizes = constant(model, f"{prefix}_sizes", np.array([p.numel for p in layout.parameters], dtype=np.int64))
+    split = ir.node("Split", [flat, sizes], attributes={"axis": 0}, num_outputs=len(names))
+    nodes, values = [split], []
+    for i, (p, name) in enumerate(zip(layout.parameters, names, strict=True)):
+        split.outputs[i].name = f"{prefix}_piece_{i}"
+        shape = constant(model, f"{prefix}_shape_{i}", np.array(p.shape, dtype=np.int64))
+        reshape = ir.node("Reshape", [split.outputs[i], shape])
+        reshape.outputs[0].name = name
+        reshape.outputs[0].shape = ir.Shape(p.shape)
+        reshape.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        nodes.append(reshape)
+        values.append(reshape.outputs[0])
+    return nodes, values
+
+
+def graph_input(model: ir.Model, name: str) -> ir.Value:
+    return next(v for v in model.graph.inputs if v.name == name)
+
+
+def plain_gradient_model(core: Core) -> ir.Model:
+    """The core with its parameters read from one flat ``theta[D]``. Edits ``core.model`` in place."""
+    import onnx_ir as ir
+
+    model, layout = core.model, core.layout
+    theta = ir.Value(name="theta", shape=ir.Shape([layout.num_trainable]), type=ir.TensorType(ir.DataType.FLOAT))
+    old = [graph_input(model, p.onnx_name) for p in layout.parameters]
+    for value in old:
+        model.graph.inputs.remove(value)
+        value.name = f"unused_{value.name}"
+    nodes, pieces = split_flat(model, theta, layout, [p.onnx_name for p in layout.parameters], "theta")
+    for value, piece in zip(old, pieces, strict=True):
+        ir.convenience.replace_all_uses_with(value, piece)
+    model.graph.insert_before(model.graph[0], nodes)
+    model.graph.inputs.insert(len(model.graph.inputs) - 1, theta)
+    return model
+
+
+def save_model(model: ir.Model, folder: Path, name: str, *, external: bool = True) -> list[str]:
+    """Write a model, its large tensors in ``<name>.data``; returns the names of the files written."""
+    import onnx_ir as ir
+
+    data = f"{name}.data" if external else None
+    ir.save(model, folder / name, external_data=data, size_threshold_bytes=4096)
+    files = [name]
+    if data is not None and (folder / data).exists():
+        files.append(data)
+    return files
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def manifest_of(
+    step: Any, layout: Layout, optimizer: Optimizer, target: str, plan: Mapping[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything the runner needs to know, as JSON values: nothing in it is private."""
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "onnx", "onnxscript", "numpy")}
+    return {
+        "format": FORMAT,
+        "target": target,
+        "graph_hash": step.graph_hash,
+        "num_trainable": layout.num_trainable,
+        "parameters": [{**dataclasses.asdict(p), "shape": list(p.shape), "numel": p.numel} for p in layout.parameters],
+        "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],
+        "max_grad_norm": float(step.max_grad_norm),
+        "clipping": {"type": type(step.clipping).__name__, **_public_fields(step.clipping)},
+        "noise_multiplier": float(step.noise_multiplier),
+        "expected_batch_size": float(step.expected_batch_size),
+        "optimizer": {"type": type(optimizer).__name__, **dataclasses.asdict(optimizer)},
+        "plan": dict(plan),
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "libraries": versions,
+        **extra,
+    }
+
+
+def _public_fields(value: Any) -> dict[str, Any]:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else {}
+
+
+def write_folder(path: str | os.PathLike[str], overwrite: bool, build: Callable[[Path], dict[str, Any]], check: Callable[[Path], None]) -> Path:
+    """Build in a folder beside ``path``, check there, then move into place: a failed export leaves what was there.
+
+    Raises:
+        ArtifactError: the folder exists and ``overwrite`` is off or it is not an export, or the disk refuses.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise ArtifactError(f"{os.fspath(path)!r} exists and is not an empty folder. Choose another path, or pass overwrite=True.")
+        if not (target / "manifest.json").is_file():
+            raise ArtifactError(f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be overwritten.")
+    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        manifest = build(work)
+        manifest["files"] = {f.name: sha256_file(f) for f in sorted(work.iterdir())}
+        atomic_write_text(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        check(work)
+        if target.exists():
+            old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+            os.replace(target, old)
+            os.replace(work, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(work, target)
+    except OSError as error:
+        raise ArtifactError(describe_os_error(error, target) + " What was there before is unchanged.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def plan_metadata(
+    sample_rate: float | None, dataset_size: int | None, steps: int | None, target_delta: float | None
+) -> dict[str, Any]:
+    """The public plan, as far as it is known at export; the runner completes it."""
+    return {"sample_rate": sample_rate, "dataset_size": dataset_size, "steps": steps, "target_delta": target_delta}
+
+
+def save_initial(step: Any, layout: Layout, path: Path) -> None:
+    """The trainables' values at export, by their torch names."""
+    from safetensors.numpy import save_file
+
+    flat = flat_parameters(step)
+    save_file({p.name: flat[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}, path)
+
+
+def export_onnx(
+    step: Any,
+    path: str | os.PathLike[str],
+    *,
+    optimizer: str | Optimizer = "adamw",
+    noise_multiplier: float | None = None,
+    expected_batch_size: float | None = None,
+    sample_rate: float | None = None,
+    dataset_size: int | None = None,
+    steps: int | None = None,
+    target_delta: float | None = None,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+) -> Path:
+    """Write ``grad_step.onnx``, ``update_step.onnx``, ``initial.safetensors`` and ``manifest.json`` to the folder ``path``.
+
+    Args:
+        step: a ``PrivateStep`` with noise, or give ``noise_multiplier`` and ``expected_batch_size`` here.
+        optimizer: "adamw", "sgd", ``AdamW(lr, betas, eps, weight_decay)`` or ``SGD(lr)``; lr is only the default of an input.
+        sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
+        overwrite: replace an earlier export at ``path``.
+        tolerance: largest relative error of a clipped sum against the PyTorch step.
+
+    Returns:
+        The folder.
+
+    Guarantee: before this returns, the files were run by onnxruntime at ORT_ENABLE_ALL on several batch sizes, with
+    parameters, masks and accumulators of many kinds, and agreed with the PyTorch step; rows did not influence one another.
+
+    Raises:
+        ExportError: the step has no noise, an operator has no ONNX form, or onnxruntime computes something else.
+        ArtifactError: the folder cannot be written.
+    """
+    from dpbitfit_fx.onnx_check import check_onnx
+
+    chosen = resolve_optimizer(optimizer)
+    step = prepare(step, noise_multiplier, expected_batch_size)
+    layout = layout_of(step)
+
+    def build(folder: Path) -> dict[str, Any]:
+        save_model(plain_gradient_model(export_core(step, layout)), folder, "grad_step.onnx")
+        save_model(export_update(step, chosen, layout), folder, "update_step.onnx", external=False)
+        save_initial(step, layout, folder / "initial.safetensors")
+        plan = plan_metadata(sample_rate, dataset_size, steps, target_delta)
+        return manifest_of(step, layout, chosen, "onnx", plan, {})
+
+    return write_folder(path, overwrite, build, lambda folder: check_onnx(step, folder, tolerance=tolerance))
