@@ -139,7 +139,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         # `from None`: the decoding error quotes the bytes, which may be somebody's record.
-        raise ArtifactError(f"Cannot read {os.fspath(path)!r}: it is not UTF-8 text. Check that it is the right file.") from None
+        raise ArtifactError(
+            f"Cannot read {os.fspath(path)!r}: it is not UTF-8 text. Check that it is the right file."
+        ) from None
 
 
 def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
@@ -153,7 +155,8 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(
-            f"Cannot write into {os.fspath(path)!r}: it is a file, not a folder. Nothing was started. Choose another output folder."
+            f"Cannot write into {os.fspath(path)!r}: it is a file, not a folder. Nothing was started. Choose another "
+            "output folder."
         )
     probe = folder / f".dpbitfit-write-test.{secrets.token_hex(6)}.tmp"
     try:
@@ -165,7 +168,9 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ArtifactError(describe_os_error(error, path, "write into the output folder") + " Nothing was started.") from error
+        raise ArtifactError(
+            describe_os_error(error, path, "write into the output folder") + " Nothing was started."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()

@@ -1,8 +1,8 @@
 """Secret keys and the cryptographic streams drawn from them: Poisson draws and Gaussian noise.
 
 One 32-byte key, from the operating system, decides every random choice of a private run. A stream is named by
-``(key, purpose, step)``: HKDF-SHA256 derives an AES-256 key for that triple alone, and AES-256 in counter mode gives the
-bytes. So a killed run replays its step bit for bit, and no two purposes, steps or keys share bytes.
+``(key, purpose, step)``: HKDF-SHA256 derives an AES-256 key for that triple alone, and AES-256 in counter mode gives
+the bytes. So a killed run replays its step bit for bit, and no two purposes, steps or keys share bytes.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ NOISE_SOURCE: Final = (
     "stream per purpose and step."
 )
 TAIL_CAVEAT: Final = (
-    "Noise is the inverse normal distribution function, in float64, of a uniform with 53 random bits (one for the sign): "
-    "the tail beyond 8.29 standard deviations (probability about 1.1e-16 a coordinate) is never drawn, and the "
+    "Noise is the inverse normal distribution function, in float64, of a uniform with 53 random bits (one for the "
+    "sign): the tail beyond 8.29 standard deviations (probability about 1.1e-16 a coordinate) is never drawn, and the "
     "values form a grid that is coarse near its ends."
 )
 FINITE_PRECISION_CAVEAT: Final = (
     "The guarantee is proved for real-number arithmetic. Clipped sums and noise are added in floating point, not by a "
-    "discrete mechanism: the least significant bits of an output may depend on the data (Mironov, CCS 2012), and epsilon "
-    "does not count that."
+    "discrete mechanism: the least significant bits of an output may depend on the data (Mironov, CCS 2012), and "
+    "epsilon does not count that."
 )
 SAMPLING_CAVEAT: Final = (
-    "Poisson sampling compares a 53-bit uniform with sample_rate: a record's probability exceeds it by less than 2**-53."
+    "Poisson sampling compares a 53-bit uniform with sample_rate: "
+    "a record's probability exceeds it by less than 2**-53."
 )
 INSECURE_CAVEAT: Final = (
-    "INSECURE: the noise came from a known seed (insecure_for_tests). There is no privacy guarantee, whatever epsilon says."
+    "INSECURE: the noise came from a known seed (insecure_for_tests). "
+    "There is no privacy guarantee, whatever epsilon says."
 )
 NUMERIC_CAVEATS: Final = (NOISE_SOURCE, TAIL_CAVEAT, FINITE_PRECISION_CAVEAT, SAMPLING_CAVEAT)
 
@@ -62,8 +64,8 @@ class SecretKey:
     """Thirty-two secret bytes. Whoever learns them can subtract the noise: never log, print or pickle one.
 
     Guarantee: ``repr``, ``str``, exceptions and pickling never show the bytes; files are created with mode 0600.
-    ``erase`` overwrites what this object and its file hold. Python may have made copies, and SSDs and snapshots keep old
-    blocks: erasing is best effort.
+    ``erase`` overwrites what this object and its file hold. Python may have made copies, and SSDs and snapshots keep
+    old blocks: erasing is best effort.
     """
 
     __slots__ = ("_bytes", "_erased", "_insecure")
@@ -81,7 +83,8 @@ class SecretKey:
 
     @classmethod
     def insecure_for_tests(cls, seed: int) -> SecretKey:
-        """A key that everyone can compute from ``seed``: NO PRIVACY. ``insecure`` is True and privacy.json records it."""
+        """A key that everyone can compute from ``seed``: NO PRIVACY. ``insecure`` is True and privacy.json records
+        it."""
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise PrivacyError(f"An insecure test seed must be an integer, not {type(seed).__name__}.")
         info = b"INSECURE test seed " + str(seed).encode()
@@ -113,7 +116,8 @@ class SecretKey:
         return bytes(self._bytes)
 
     def renewed(self) -> SecretKey:
-        """The next key, for redrawing a step that cannot be replayed; the caller charges the lost step and erases this one.
+        """The next key, for redrawing a step that cannot be replayed; the caller charges the lost step and erases this
+        one.
 
         A secure key is renewed from the operating system; an insecure one deterministically, and stays insecure.
         """
@@ -151,12 +155,12 @@ class SecretKey:
         text = read_text(path)
         if require_private and os.name == "posix" and os.stat(path).st_mode & 0o077:
             raise PrivacyError(
-                f"The secret key file {os.fspath(path)!r} can be read by other users of this machine, so the noise it gave "
-                "may be known to them. If you are sure it was not read, run `chmod 600` on it and try again."
+                f"The secret key file {os.fspath(path)!r} can be read by other users of this machine, so the noise "
+                "it gave may be known to them. If you are sure it was not read, run `chmod 600` on it and try again."
             )
         damaged = PrivacyError(
-            f"{os.fspath(path)!r} is not a secret key file of dpbitfit_fx, or is damaged. A step that was drawn from it "
-            "cannot be replayed: it has to be charged and redrawn under a new key."
+            f"{os.fspath(path)!r} is not a secret key file of dpbitfit_fx, or is damaged. A step that was drawn from "
+            "it cannot be replayed: it has to be charged and redrawn under a new key."
         )
         try:
             content = json.loads(text)
@@ -225,7 +229,8 @@ def _hkdf(secret: bytes, info: bytes) -> bytes:
 
 
 class Stream:
-    """The random numbers of one ``(key, purpose, step)``, in a fixed order: asking for n then m equals asking for n + m.
+    """The random numbers of one ``(key, purpose, step)``, in a fixed order: asking for n then m equals asking for n +
+    m.
 
     Eight bytes of keystream a number. The stream is read once; make it again to replay it.
     """

@@ -55,10 +55,13 @@ class PoissonSampler:
         rate = self.sample_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)) or not 0.0 < rate <= 1.0:
             raise PrivacyError(
-                f"sample_rate is the probability that a record enters a batch and must be above 0 and at most 1; got {rate!r}."
+                f"sample_rate is the probability that a record enters a batch and must be above 0 and at most 1; got "
+                f"{rate!r}."
             )
         if float(rate) < sys.float_info.epsilon:
-            raise PrivacyError(f"sample_rate {rate!r} is below what 53-bit uniforms resolve; use a larger expected batch.")
+            raise PrivacyError(
+                f"sample_rate {rate!r} is below what 53-bit uniforms resolve; use a larger expected batch."
+            )
         # numpy scalars would not serialise, and would break equality of plans read back from a file.
         object.__setattr__(self, "dataset_size", size)
         object.__setattr__(self, "steps", steps)
@@ -80,17 +83,21 @@ class PoissonSampler:
 
         Raises:
             DataError: the dataset is empty or smaller than the expected batch.
-            PrivacyError: expected_batch_size, epochs or steps are not usable, or not exactly one of the last two is given.
+            PrivacyError: expected_batch_size, epochs or steps are not usable, or not exactly one of the last two is
+                given.
         """
         size = _whole(dataset_size, "dataset_size", 1, DataError)
         batch = _positive(expected_batch_size, "expected_batch_size")
         if batch > size:
             raise DataError(
-                f"The dataset has {size} records, fewer than the expected batch of {batch:g}. Choose an expected_batch_size "
-                f"of at most {size}; differential privacy works best with far more records than that."
+                f"The dataset has {size} records, fewer than the expected batch of {batch:g}. Choose an "
+                f"expected_batch_size of at most {size}; differential privacy works best with far more records than "
+                "that."
             )
         if (epochs is None) == (steps is None):
-            raise PrivacyError("Give either epochs or steps (max_steps), and not both: the plan must be fixed beforehand.")
+            raise PrivacyError(
+                "Give either epochs or steps (max_steps), and not both: the plan must be fixed beforehand."
+            )
         if steps is None:
             assert epochs is not None
             # Exact rational arithmetic: 3 epochs at q = 0.1 are 30 steps, not 31.
