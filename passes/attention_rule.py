@@ -111,4 +111,6 @@ def attention(
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         while mask.dim() < 4:
             mask = mask.unsqueeze(0)
+        if mask.shape[0] != q.shape[0]:  # folding multiplies both by B, so a broadcast over N must be spelled out first
+            mask = mask.expand(q.shape[0], *mask.shape[1:])
     return _Attention.apply(q, k, v, mask, causal, scale)[0]

@@ -176,7 +176,7 @@ def capture(source: Source) -> JointGraph:
     labels = [(Role.TRAINABLE, n) for n in chosen] + [(Role.FROZEN, n) for n in frozen] + [(Role.BATCH, n) for n in names]
     inputs = tuple(Input(n, r, t) for n, (r, t) in zip(nodes, labels, strict=True))
     kept = {n: state[n] for n in chosen + frozen}
-    return JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
+    return JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise, source=source)
 
 
 def refuse_train_mode_batchnorm(model: nn.Module) -> None:

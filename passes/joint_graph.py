@@ -121,7 +121,7 @@ class JointGraph:
     trail: tuple[TrailEntry, ...] = ()
     clipping: Clipping | None = None
     noise: Noise | None = None
-    notes: tuple[str, ...] = ()
+    source: Source | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:

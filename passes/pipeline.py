@@ -1,0 +1,77 @@
+"""The order of the passes, one literal, and the runner that re-proves every claimed fact after each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .capture import capture
+from .clip import clip
+from .errors import CompileRefused, DPBitFitError, PassError
+from .facts import PREDICATES
+from .joint_graph import Fact, JointGraph, Source, TrailEntry
+from .meaning import check_meaning
+from .noise import add_noise
+from .refusion import refuse_operators
+from .seal import seal, seal_partial
+
+Observer = Callable[[str, JointGraph | None, JointGraph], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A rewrite or a proof: the facts it needs before and gives after."""
+
+    name: str
+    run: Callable[[Any], JointGraph]
+    needs: frozenset[Fact] = frozenset()
+    gives: frozenset[Fact] = frozenset()
+
+
+CAPTURE = Pass("capture", capture, gives=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE}))
+PIPELINE = (
+    Pass("re-fuse", refuse_operators, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
+    Pass("check_meaning", check_meaning, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
+    Pass("clip", clip, needs=frozenset({Fact.PER_SAMPLE}), gives=frozenset({Fact.CLIPPED})),
+    Pass("seal_partial", seal_partial, needs=frozenset({Fact.CLIPPED}), gives=frozenset({Fact.PARTIAL})),
+)
+RELEASE = (
+    Pass("add_noise", add_noise, needs=frozenset({Fact.PARTIAL}), gives=frozenset({Fact.NOISED})),
+    Pass("seal", seal, needs=frozenset({Fact.NOISED}), gives=frozenset({Fact.SEALED})),
+)
+
+
+def run(passes: tuple[Pass, ...], joint: JointGraph | Source, observer: Observer | None = None) -> JointGraph:
+    """Runs the passes; after each, every fact claimed so far is proved again, so the pass that breaks one is blamed."""
+    for item in passes:
+        before = joint if isinstance(joint, JointGraph) else None
+        missing = item.needs - (before.facts if before else frozenset())
+        if missing:
+            ran = [t.name for t in before.trail] if before else []
+            raise PassError(f"Pass {item.name} needs {sorted(f.value for f in missing)}; what ran before: {ran}.")
+        start = time.perf_counter()
+        source = joint if not isinstance(joint, Source) else None
+        after = item.run(joint)
+        claimed = (before.facts if before else frozenset()) | item.gives
+        for fact in sorted(claimed, key=lambda f: list(Fact).index(f)):
+            try:
+                PREDICATES[fact](after)
+            except DPBitFitError as error:
+                if item.name == "capture":
+                    raise CompileRefused(str(error)) from error
+                ran = [t.name for t in before.trail] if before else []
+                raise PassError(f"Pass {item.name} broke the fact {fact.value} ({error}); what ran before: {ran}.") from error
+        entry = TrailEntry(
+            item.name,
+            time.perf_counter() - start,
+            len(before.module.graph.nodes) if before else 0,
+            len(after.module.graph.nodes),
+        )
+        trail = (before.trail if before else ()) + (entry,)
+        joint = dataclasses.replace(after, facts=claimed, trail=trail)
+        if observer is not None:
+            observer(item.name, source, joint)
+    assert isinstance(joint, JointGraph)
+    return joint
