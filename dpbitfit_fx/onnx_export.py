@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from dpbitfit_fx.biases import frozen_weights_fingerprint, model_fingerprint
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error
 from dpbitfit_fx.onnx_lowering import Lowered
@@ -192,15 +193,17 @@ def flat_parameters(step: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports packages it does not need, and its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def to_onnx(
@@ -482,6 +485,11 @@ def manifest_of(
         "target": target,
         "graph_hash": step.graph_hash,
         "num_trainable": layout.num_trainable,
+        "num_parameters": sum(p.numel() for p in step.model.parameters()),
+        "fingerprints": {
+            "model_fingerprint": model_fingerprint(step.model),
+            "frozen_weights_sha256": frozen_weights_fingerprint(step.model, step.trainable_names),
+        },
         "parameters": [{**dataclasses.asdict(p), "shape": list(p.shape), "numel": p.numel} for p in layout.parameters],
         "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],
         "max_grad_norm": float(step.max_grad_norm),

@@ -74,6 +74,13 @@ def training_model(core: Core, sensitivity_times_sigma: float) -> ir.Model:
     total.name = "noisy_sum"
     nodes, gradients = split_flat(model, total, layout, [f"{p.onnx_name}_grad" for p in layout.parameters], "gradient")
     graph.extend(nodes)
+    # ONNX Runtime wants one output for the user. The loss would be private; this says nothing.
+    done = ir.node("Identity", [constant(model, "one", np.ones(1, dtype=np.float32))])
+    done.outputs[0].name = "done"
+    done.outputs[0].shape = ir.Shape([1])
+    done.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph.append(done)
+    graph.outputs.append(done.outputs[0])
     reset = ir.Value(name="lazy_reset_grad", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
     for p, gradient in zip(layout.parameters, gradients, strict=True):
         name = f"{p.onnx_name}_grad.accumulation"
