@@ -1,0 +1,65 @@
+"""Differential privacy as a compiler pass: DP-BiTFiT (Bu et al., ICML 2024) for any PyTorch model, unedited.
+
+Names are imported on first use, so that ``dpbitfit_fx.ort_runner`` works where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .biases import load_biases, save_biases
+    from .clipping import AutomaticClipping, FlatClipping
+    from .compile import PrivateStep, compile
+    from .errors import CompileRefused, DPBitFitError, SealBroken
+    from .fit import FitResult, fit
+    from .onnx_export import export_onnx
+    from .ort_export import export_ort_training
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutomaticClipping": "clipping",
+    "CompileRefused": "errors",
+    "DPBitFitError": "errors",
+    "FitResult": "fit",
+    "FlatClipping": "clipping",
+    "PrivateStep": "compile",
+    "SealBroken": "errors",
+    "compile": "compile",
+    "export_onnx": "onnx_export",
+    "export_ort_training": "ort_export",
+    "fit": "fit",
+    "load_biases": "biases",
+    "save_biases": "biases",
+}
+
+__all__ = [
+    "AutomaticClipping",
+    "CompileRefused",
+    "DPBitFitError",
+    "FitResult",
+    "FlatClipping",
+    "PrivateStep",
+    "SealBroken",
+    "compile",
+    "export_onnx",
+    "export_ort_training",
+    "fit",
+    "load_biases",
+    "save_biases",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    # Stored, since importing the submodule `compile` or `fit` has just bound that name to the module.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

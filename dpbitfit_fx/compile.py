@@ -1,0 +1,260 @@
+"""The front door: ``compile`` turns a model, a loss and an example batch into a private step (design §8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .errors import CompileRefused, SealBroken
+from .passes import facts
+from .passes.capture import split_batch
+from .passes.clipping import AutomaticClipping, Clipping
+from .passes.joint_graph import Fact, JointGraph, Noise, Role, Source
+from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
+from .passes.seal import check_update, split
+from .passes.torch_private import tree_flatten
+from .report import Report, make_report
+
+BACKENDS = ("eager", "inductor")
+
+
+class PrivateStep:
+    """One private training step of a model, proved before it runs. Made by :func:`compile`.
+
+    The model stays the user's: its parameters are read at every call, so an optimizer updates it in place.
+    Guarantee: :meth:`accumulate` has L2 sensitivity ``max_grad_norm`` when one record is added or removed (PARTIAL seal);
+    :meth:`privatize` adds ``N(0, (noise_multiplier * max_grad_norm)^2)`` per coordinate (SEALED).
+    """
+
+    def __init__(self, source: Source, captured: JointGraph, observer: Observer | None, backend: str) -> None:
+        self.model = source.model
+        self.loss_fn = source.loss_fn
+        self.example_batch = source.example_batch
+        self.backend = backend
+        self._source, self._captured, self._observer = source, captured, observer
+        rest = run(PIPELINE[2:], captured, observer)
+        self.partial, self.update = rest, None
+        if source.noise is not None:
+            self.joint = run(RELEASE, rest, observer)
+            self.partial, self.update = split(self.joint)
+        else:
+            self.joint = rest
+        self._prove()
+        self._spec = captured.batch_spec
+        _, self._constants, _, self._leaf_names, _ = split_batch(source.example_batch)
+        self._call = torch.compile(self.partial.module, dynamic=True) if backend == "inductor" else self.partial.module
+        self._gradients = captured.module
+
+    def _prove(self) -> None:
+        """The seals are proved again whenever a step is made: a graph without its seal does not run."""
+        facts.partial(self.partial)
+        if self.update is not None:
+            check_update(self.update)
+
+    @property
+    def trainable_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.joint.targets)
+
+    @property
+    def trainable_shapes(self) -> dict[str, torch.Size]:
+        return {t.name: torch.Size(t.shape) for t in self.joint.targets}
+
+    @property
+    def num_trainable(self) -> int:
+        return self.joint.num_trainable
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.joint.flat_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.joint.state[self.joint.targets[0].name].device
+
+    @property
+    def clipping(self) -> Clipping:
+        assert self.joint.clipping is not None
+        return self.joint.clipping
+
+    @property
+    def max_grad_norm(self) -> float:
+        return self.clipping.max_grad_norm
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        return self.joint.noise.noise_multiplier if self.joint.noise else None
+
+    @property
+    def expected_batch_size(self) -> float | None:
+        return self.joint.noise.expected_batch_size if self.joint.noise else None
+
+    @property
+    def graph_hash(self) -> str:
+        """SHA-256 (hex) of the canonical text of the final graph."""
+        return self.joint.digest()
+
+    def _leaves(self, batch: Any) -> list[torch.Tensor]:
+        leaves, spec = tree_flatten(batch)
+        if spec != self._spec:
+            raise CompileRefused(f"The batch has another structure than example_batch: expected {self._spec}, got {spec}.")
+        for i, value in self._constants.items():
+            if leaves[i] is not value and leaves[i] != value:
+                raise CompileRefused(f"The batch entry {i} was the constant {value!r} at compile and is {leaves[i]!r} now.")
+        tensors = [x for i, x in enumerate(leaves) if i not in self._constants]
+        for name, x, e in zip(self._leaf_names, tensors, self._example_leaves(), strict=True):
+            if not isinstance(x, torch.Tensor) or x.dim() != e.dim() or x.shape[1:] != e.shape[1:] or x.dtype != e.dtype:
+                got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+                raise CompileRefused(
+                    f"The batch entry {name} is {got}; it was compiled for [B, {', '.join(map(str, e.shape[1:]))}] {e.dtype}. "
+                    "Only the batch size may vary: pad to the compiled shape, or compile once more."
+                )
+        if len({x.shape[0] for x in tensors}) != 1:
+            raise CompileRefused("The tensors of the batch differ in their batch size (dim 0).")
+        if tensors[0].shape[0] == 0:
+            raise CompileRefused("The physical batch is empty; an empty logical batch needs no physical batch, only its noise.")
+        return tensors
+
+    def _example_leaves(self) -> list[torch.Tensor]:
+        return [x for x in tree_flatten(self.example_batch)[0] if isinstance(x, torch.Tensor)]
+
+    def _values(self, joint: JointGraph, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        feeds = iter(batch)
+        return [
+            next(feeds) if i.role is Role.BATCH else joint.state[i.target].detach()
+            for i in joint.inputs
+            if i.role in (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
+        ]
+
+    def per_sample_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
+        """``{name: [B, *shape]}``, unclipped and un-noised. PRIVATE and without a seal: for tests and audits only."""
+        with torch.no_grad():
+            outputs = self._gradients(*self._values(self._captured, self._leaves(batch)))
+        return dict(zip(self.trainable_names, outputs[1:], strict=True))
+
+    def clipped_sum(self, batch: Any, sample_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """``{name: [*shape]}``: the sum of clipped gradients of the rows with a non-zero mask; sensitivity R. PRIVATE."""
+        size = self._leaves(batch)[0].shape[0]
+        mask = torch.ones(size, device=self.device) if sample_mask is None else sample_mask
+        return self.unflatten(self.accumulate(batch, mask, self.zero_accumulator()))
+
+    def accumulate(self, batch: Any, sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
+        """``accumulator + clipped sum`` [D], a new tensor; secret until :meth:`privatize` (PARTIAL seal)."""
+        leaves = self._leaves(batch)
+        if sample_mask.shape != (leaves[0].shape[0],):
+            raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
+        self._check_flat(accumulator, "accumulator")
+        with torch.no_grad():
+            (result,) = self._call(*self._values(self.partial, leaves), sample_mask, accumulator)
+        return result
+
+    def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """``(accumulator + sigma R noise) / expected_batch_size`` [D] for ``noise ~ N(0, I)`` [D]: may be released (SEALED)."""
+        if self.update is None:
+            raise SealBroken(
+                "This step has no noise, so nothing may leave it. Make one with step.with_noise(noise_multiplier=..., "
+                "expected_batch_size=...)."
+            )
+        self._check_flat(accumulator, "accumulator")
+        self._check_flat(noise, "noise")
+        with torch.no_grad():
+            (result,) = self.update.module(accumulator, noise)
+        return result
+
+    def _check_flat(self, x: torch.Tensor, name: str) -> None:
+        if x.shape != (self.num_trainable,) or x.dtype != self.dtype:
+            raise CompileRefused(f"{name} is {tuple(x.shape)} {x.dtype}, expected ({self.num_trainable},) {self.dtype}.")
+
+    def zero_accumulator(self) -> torch.Tensor:
+        return torch.zeros(self.num_trainable, dtype=self.dtype, device=self.device)
+
+    def unflatten(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``[D] -> {name: [*shape]}``, views in the order of ``trainable_names``."""
+        pieces = flat.split([t.numel for t in self.joint.targets])
+        return {t.name: p.view(t.shape) for t, p in zip(self.joint.targets, pieces, strict=True)}
+
+    def with_noise(self, noise_multiplier: float, expected_batch_size: float) -> PrivateStep:
+        """The same step with noise of std ``noise_multiplier * max_grad_norm`` and a public denominator baked in."""
+        noise = Noise(float(noise_multiplier), float(expected_batch_size))
+        source = dataclasses.replace(self._source, noise=noise)
+        captured = dataclasses.replace(self._captured, noise=noise, source=source)
+        return PrivateStep(source, captured, self._observer, self.backend)
+
+    def report(self) -> Report:
+        return make_report(self.model, self.joint)
+
+
+def compile(  # the name users of torch.compile expect
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    example_batch: Any,
+    *,
+    trainable: str | Sequence[str] = "bias",
+    clipping: Clipping | None = None,
+    backend: str = "eager",
+    noise_multiplier: float | None = None,
+    expected_batch_size: float | None = None,
+    public_tensors: bool = False,
+    observer: Observer | None = None,
+) -> PrivateStep:
+    """Compile one private step of an unedited model.
+
+    ``loss_fn(model, batch)`` returns losses [B] (or their mean or sum); ``batch`` is a nest of tensors with dim 0 = batch.
+    ``example_batch`` must be made up or public: at least two rows, shapes and dtypes as in training; any batch size works
+    afterwards. ``trainable`` is ``"bias"`` or name patterns such as ``["bias", "classifier.*"]``.
+    Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
+    :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
+    """
+    if backend not in BACKENDS:
+        raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if not isinstance(model, torch.nn.Module):
+        raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
+    if (noise_multiplier is None) != (expected_batch_size is None):
+        raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
+    chosen = trainable if isinstance(trainable, str) else tuple(trainable)
+    noise = None
+    if noise_multiplier is not None and expected_batch_size is not None:
+        noise = Noise(float(noise_multiplier), float(expected_batch_size))
+    clip = AutomaticClipping() if clipping is None else clipping
+    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captured = run((CAPTURE, *PIPELINE[:2]), source, observer)
+        step = PrivateStep(source, captured, observer, backend)
+    check_rows(step)
+    return step
+
+
+def check_rows(step: PrivateStep) -> None:
+    """Perturbation of what finally runs: with one row unmasked, the others may be anything, bit for bit (design §4)."""
+    example = step._example_leaves()
+    size = 3
+    index = torch.arange(size) % example[0].shape[0]
+    leaves = [x[index.to(x.device)] for x in example]
+    for row in range(size):
+        mask = torch.zeros(size, device=step.device)
+        mask[row] = 1.0
+        results = []
+        for shift in (0, 1, 2):
+            order = torch.arange(size)
+            others = [i for i in range(size) if i != row]
+            if shift == 1:
+                order[others] = order[others].flip(0)
+            moved = [x[order.to(x.device)].clone() for x in leaves]
+            if shift == 2:
+                for x in moved:
+                    x[others] = float("nan") if x.dtype.is_floating_point else 0
+            with torch.no_grad():
+                (total,) = step._call(*step._values(step.partial, moved), mask, step.zero_accumulator())
+            results.append(total)
+        if not all(torch.equal(results[0], r) for r in results[1:]):
+            raise SealBroken(
+                "After lowering, one sample's contribution changes with the other rows of its batch: the backend or a pass "
+                "mixes rows. The step is refused."
+            )
+
+
+__all__ = ["Fact", "PrivateStep", "compile"]

@@ -1,0 +1,184 @@
+"""Pass 3, check the meaning: sample by sample must be what the author meant (design §4), or the model is refused.
+
+The user's own batched model runs beside the captured step on probes: several sizes, permuted, perturbed. Losses and
+gradients must agree. Rewrites nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CompileRefused
+from .joint_graph import JointGraph, Role, Source
+from .torch_private import tree_flatten, tree_unflatten
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def check_meaning(joint: JointGraph) -> JointGraph:
+    """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
+    assert joint.source is not None
+    kinds = {"per sample", "mean", "sum"}
+    for batch in _probes(joint.source):
+        kinds &= _compare(joint, batch)
+        if not kinds:
+            raise CompileRefused(_mixing(joint, batch, "its scalar loss is neither always the mean nor always the sum"))
+    return joint
+
+
+def _probes(source: Source) -> list[list[torch.Tensor]]:
+    leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
+    size = leaves[0].shape[0]
+    generator = torch.Generator().manual_seed(0)  # probes are made-up data; nothing private rides on this seed
+    probes = []
+    for rows in (2, 3, 5):
+        index = torch.randperm(size, generator=generator).repeat(rows // size + 1)[:rows]
+        probes.append([_perturb(x[index.to(x.device)], generator) for x in leaves])
+    full = torch.arange(size).repeat(2)[: max(2, min(size, 4))]
+    probes.append([x[full.to(x.device)].clone() for x in leaves])
+    return probes
+
+
+def _perturb(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not x.dtype.is_floating_point:
+        return x.clone()
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    scale = x.float().std().nan_to_num(0.0).to(x) * 0.3 if x.numel() > 1 else x.new_tensor(0.0)
+    return x + noise * scale
+
+
+def run_joint(joint: JointGraph, batch: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Losses [B] and per-sample gradients of a graph that has not been clipped yet."""
+    feeds = iter(batch)
+    values = [next(feeds) if i.role is Role.BATCH else joint.state[i.target].detach() for i in joint.inputs]
+    with torch.no_grad():
+        loss, *gradients = joint.module(*values)
+    return loss, gradients
+
+
+def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
+    """What the user's own code says for this batch, in the modes that capture used."""
+    leaves, spec = tree_flatten(source.example_batch)
+    rest = iter(batch)
+    full = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
+    loss = source.loss_fn(source.model, tree_unflatten(full, spec))
+    if not isinstance(loss, torch.Tensor):
+        raise CompileRefused(f"loss_fn returned a {type(loss).__name__}; it must return a tensor of losses [B], or their mean or sum.")
+    return loss
+
+
+def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
+    source, size = joint.source, batch[0].shape[0]
+    assert source is not None
+    params = dict(source.model.named_parameters())
+    chosen = [params[t.name] for t in joint.targets]
+    flags = [p.requires_grad for p in chosen]
+    modes = {m: m.training for m in source.model.modules()}
+    try:
+        for p in chosen:
+            p.requires_grad_(True)
+        for m in modes:
+            m.training = m.training and not (isinstance(m, nn.Dropout) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))
+        with torch.enable_grad():
+            try:
+                loss = user_loss(source, batch)
+            except CompileRefused:
+                raise
+            except Exception as error:
+                raise CompileRefused(
+                    f"loss_fn failed on a batch of {size} samples ({type(error).__name__}: {str(error)[:300]}). It must work for "
+                    "every batch size, since private batches vary in size."
+                ) from error
+            captured, gradients = run_joint(joint, batch)
+            if loss.shape == (size,):
+                weights, kinds = torch.linspace(0.5, 1.5, size, dtype=captured.dtype, device=captured.device), {"per sample"}
+                objective = (loss * weights.to(loss)).sum()
+                same = _close(loss.detach(), captured)
+            elif loss.dim() == 0:
+                mean, total = _close(loss.detach(), captured.mean()), _close(loss.detach(), captured.sum())
+                kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
+                same = bool(kinds)
+                scale = 1.0 / size if "mean" in kinds else 1.0
+                weights, objective = torch.full((size,), scale, dtype=captured.dtype, device=captured.device), loss
+            else:
+                raise CompileRefused(
+                    f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
+                    "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. loss.mean(dim=1)."
+                )
+            if not same:
+                scalar = "" if loss.dim() else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
+                raise CompileRefused(_mixing(joint, batch, f"{scalar} losses differ from those of each sample alone".strip()))
+            theirs = torch.autograd.grad(objective, chosen, allow_unused=True)
+    finally:
+        for p, flag in zip(chosen, flags, strict=True):
+            p.requires_grad_(flag)
+        for m, mode in modes.items():
+            m.training = mode
+    ours = [torch.einsum("b,b...->...", weights.to(g), g) for g in gradients]
+    flat_ours = torch.cat([g.flatten().double() for g in ours])
+    flat_theirs = torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in zip(theirs, chosen, strict=True)])
+    sizes = sum((g.double().flatten(1).norm(dim=1) * w.double()).sum() for g, w in [(torch.cat([x.flatten(1) for x in gradients], 1), weights)])
+    tolerance = max(TOLERANCE.get(p.dtype, 1e-3) for p in chosen)
+    if not bool((flat_ours - flat_theirs).norm() <= tolerance * sizes + 1e-12):
+        raise CompileRefused(_mixing(joint, batch, "gradients of the batch differ from those of each sample alone"))
+    return kinds
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    tolerance = TOLERANCE.get(a.dtype, 1e-3) * (0.1 if a.dtype is torch.float32 else 1.0)
+    return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _mixing(joint: JointGraph, batch: list[torch.Tensor], what: str) -> str:
+    assert joint.source is not None
+    module = first_mixing_module(joint.source, batch)
+    place = f" The first module whose output for a sample depends on the others is {module}." if module else ""
+    return (
+        f"{type(joint.source.model).__name__} does not mean the same sample by sample: {what}.{place} A private step treats "
+        "every sample alone (batch statistics, in-batch negatives and averages over the tokens of a whole batch have no "
+        "per-sample meaning). Return one loss per sample, or replace the module."
+    )
+
+
+def first_mixing_module(source: Source, batch: list[torch.Tensor]) -> str:
+    """The first module, in order of return, whose rows in a batch differ from its output for each sample alone."""
+
+    def record(rows: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        seen: list[tuple[str, torch.Tensor]] = []
+
+        def hook(name: str) -> Any:
+            def keep(_m: nn.Module, _i: Any, out: Any) -> None:
+                first = next((x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)), None)
+                if first is not None and first.dtype.is_floating_point:
+                    seen.append((name, first.detach()))
+
+            return keep
+
+        handles = [m.register_forward_hook(hook(n or type(m).__name__)) for n, m in source.model.named_modules()]
+        try:
+            with torch.no_grad():
+                user_loss(source, rows)
+        except Exception:
+            pass
+        finally:
+            for h in handles:
+                h.remove()
+        return seen
+
+    together = record(batch)
+    alone = [record([x[i : i + 1] for x in batch]) for i in range(batch[0].shape[0])]
+    for at, (name, out) in enumerate(together):
+        singles = [a[at][1] for a in alone if at < len(a) and a[at][0] == name]
+        if len(singles) != len(alone) or any(s.dim() != out.dim() for s in singles):
+            continue
+        axes = [d for d in range(out.dim()) if sum(s.shape[d] for s in singles) == out.shape[d]]
+        if axes and not any(
+            all(a == b for k, (a, b) in enumerate(zip(torch.cat(singles, d).shape, out.shape, strict=True)) if k != d)
+            and _close(torch.cat(singles, d), out)
+            for d in axes
+        ):
+            return f"{name} ({type(dict(source.model.named_modules()).get(name, source.model)).__name__})"
+    return ""
