@@ -18,7 +18,7 @@ from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.sampling import PoissonSampler, poisson_gaussian_event
 
 if TYPE_CHECKING:
-    import dp_accounting
+    import dp_accounting  # type: ignore[import-untyped, unused-ignore]
 
 ACCOUNTANT: Final = "dp-accounting PLDAccountant"
 NEIGHBORING_RELATION: Final = "add-or-remove-one"
@@ -239,7 +239,7 @@ def _epsilon(plan: _Plan, delta: float, coarsening: float = 1.0) -> float:
     if not plan:
         return 0.0
     import dp_accounting
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped, unused-ignore]
 
     accountant = PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,

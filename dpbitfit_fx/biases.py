@@ -53,7 +53,7 @@ def frozen_weights_fingerprint(model: torch.nn.Module, trainable_names: Collecti
             continue
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         flat = parameter.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

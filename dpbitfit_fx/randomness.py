@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from scipy.special import ndtri
+from scipy.special import ndtri  # type: ignore[import-untyped, unused-ignore]
 
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, read_text

@@ -15,7 +15,7 @@ from dpbitfit_fx.errors import DataError, PrivacyError
 from dpbitfit_fx.randomness import SecretKey, stream
 
 if TYPE_CHECKING:
-    import dp_accounting
+    import dp_accounting  # type: ignore[import-untyped, unused-ignore]
 
 PURPOSE: Final = "poisson sample"
 _MAX_DATASET: Final = 2**31 - 1
