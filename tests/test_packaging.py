@@ -57,12 +57,15 @@ def test_the_wheel_holds_every_module_once_and_no_top_level_passes(built: tuple[
     names = zipfile.ZipFile(built[0]).namelist()
     assert len(names) == len(set(names))
     in_wheel = [n for n in names if not n.startswith("dpbitfit_fx-")]
-    expected = {f"dpbitfit_fx/{n}" for n in modules("dpbitfit_fx")} | {f"dpbitfit_fx/passes/{n}" for n in modules("passes")}
+    expected = {f"dpbitfit_fx/{n}" for n in modules("dpbitfit_fx")} | {
+        f"dpbitfit_fx/passes/{n}" for n in modules("passes")
+    }
     assert set(in_wheel) == expected | {"dpbitfit_fx/py.typed"}
 
 
 def test_the_sdist_holds_the_compiler_once(built: tuple[Path, Path]) -> None:
-    names = tarfile.open(built[1]).getnames()
+    with tarfile.open(built[1]) as sdist:
+        names = sdist.getnames()
     assert sum(n.endswith("passes/errors.py") for n in names) == 1
     assert not [n for n in names if "/dpbitfit_fx/passes" in n]
 
@@ -74,7 +77,10 @@ def test_an_installed_wheel_imports_from_where_it_was_installed(built: tuple[Pat
     # -I -S: nothing of this environment, the editable install included, can answer the import instead.
     start = f"import sys; sys.path.insert(0, {str(site)!r}); "
     found = run(sys.executable, "-I", "-S", "-c", start + WHERE, cwd=tmp_path).split()
-    assert [Path(f).relative_to(site).as_posix() for f in found] == ["dpbitfit_fx/__init__.py", "dpbitfit_fx/passes/errors.py"]
+    assert [Path(f).relative_to(site).as_posix() for f in found] == [
+        "dpbitfit_fx/__init__.py",
+        "dpbitfit_fx/passes/errors.py",
+    ]
     assert run(sys.executable, "-I", "-S", "-c", start + LEAK, cwd=tmp_path).strip() == "None"
     assert (site / "bin" / "dpbitfit").exists()
 
