@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,7 +192,7 @@ def _bucket_lengths(padded_lengths: Any) -> Mapping[str, tuple[int, ...]] | tupl
 
     def one(lengths: Any, name: str) -> tuple[int, ...]:
         values = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        ascending = all(a < b for a, b in zip(values, values[1:], strict=False))
+        ascending = all(a < b for a, b in itertools.pairwise(values))
         if not values or not all(type(v) is int and v > 0 for v in values) or not ascending:
             raise DataError(f"{name} must be positive integers in ascending order, for example (16, 32, 64).")
         return values
@@ -249,7 +250,9 @@ class ItemLayout:
         leaves: list[Leaf] = []
         for path, tensor in tensors.items():
             if tensor.ndim == 0:
-                raise DataError(f"example_batch: '{path}' has no batch dimension; dimension 0 of every leaf is the batch.")
+                raise DataError(
+                    f"example_batch: '{path}' has no batch dimension; dimension 0 of every leaf is the batch."
+                )
             own: tuple[int, ...] | None = None
             if tensor.ndim >= 2 and isinstance(lengths, Mapping):
                 own = _named(path, lengths)
@@ -291,7 +294,7 @@ class ItemLayout:
     def example_batch(self, bucket: int) -> Any:
         """A public batch of this bucket's shapes: the user's own, cut or repeated to length, or made up from shapes.
 
-        Made-up values: standard normals for floats; ones for integers and booleans whose name holds "mask", else 0 or 1.
+        Made-up values: standard normals for floats; ones for integers whose name holds "mask"; else 0 or 1.
         """
         if self.example is not None:
             given = {path: _as_tensor(leaf, "example_batch", path) for path, leaf in _leaves(self.example)}
@@ -354,8 +357,8 @@ class ItemLayout:
             fitting = [i for i, length in enumerate(leaf.lengths) if length >= shape[0]]
             if not fitting:
                 raise DataError(
-                    f"{where}: '{leaf.path}' is longer than {leaf.lengths[-1]}, the largest of padded_lengths. Truncate "
-                    f"that record, or declare a larger length."
+                    f"{where}: '{leaf.path}' is longer than {leaf.lengths[-1]}, the largest of padded_lengths. "
+                    f"Truncate that record, or declare a larger length."
                 )
             bucket = max(bucket, fitting[0])
         return bucket, found
@@ -408,7 +411,9 @@ class PhysicalBatches:
         batches = [layout.example_batch(bucket) for bucket in range(count)] if dummies is None else dummies
         self.dummies = [{path: leaf[0].cpu() for path, leaf in _leaves(batch)} for batch in batches]
 
-    def assemble(self, bucket: int, rows: Sequence[Mapping[str, torch.Tensor]], numbers: Sequence[int]) -> PhysicalBatch:
+    def assemble(
+        self, bucket: int, rows: Sequence[Mapping[str, torch.Tensor]], numbers: Sequence[int]
+    ) -> PhysicalBatch:
         """One physical batch: the given rows, padded to the bucket's length, then dummy rows with mask 0."""
         size = self.sizes[bucket]
         values = {}
@@ -432,7 +437,7 @@ class PhysicalBatches:
         digest = hashlib.sha256(secret + row.to_bytes(8, "big")).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         random.seed(digest[8:16])
-        np.random.seed(int.from_bytes(digest[16:20], "big"))  # noqa: NPY002 - datasets use the global generator
+        np.random.seed(int.from_bytes(digest[16:20], "big"))
         return self.layout.row(load_item(self.dataset, self.collate_fn, row), row)
 
     def split(self, rows: Sequence[int], secret: bytes) -> Iterator[PhysicalBatch]:
@@ -457,13 +462,13 @@ class PhysicalBatches:
 @contextlib.contextmanager
 def global_random_state_kept() -> Iterator[None]:
     """Leaves torch's, Python's and numpy's global generators as they were found."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+            np.random.set_state(legacy)
 
 
 def check_rows(batches: PhysicalBatches, seconds: float = 10.0) -> None:

@@ -19,7 +19,7 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -64,9 +64,9 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [encode(child, tensors, f"{name}.{index}") for index, child in enumerate(value)]}
     raise CheckpointError(
-        f"The optimizer's state holds a {type(value).__name__} ('{name}'), which a checkpoint cannot store without pickle. "
-        f"Use an optimizer whose state_dict holds tensors, numbers, strings, lists and dictionaries, or run without "
-        f"output_dir and save the result yourself."
+        f"The optimizer's state holds a {type(value).__name__} ('{name}'), which a checkpoint cannot store without "
+        f"pickle. Use an optimizer whose state_dict holds tensors, numbers, strings, lists and dictionaries, or run "
+        f"without output_dir and save the result yourself."
     )
 
 
@@ -164,29 +164,40 @@ class CheckpointStore:
             self._lock.close()
             self._lock = None
             raise CheckpointError(
-                f"Another process is training in {str(self.folder.parent)!r}. Two runs there would release different values "
-                f"under the same noise. Wait for it to end, or choose another output_dir."
+                f"Another process is training in {str(self.folder.parent)!r}. Two runs there would release different "
+                f"values under the same noise. Wait for it to end, or choose another output_dir."
             ) from None
         return self
 
     def close(self) -> None:
-        """Unlock. What is on disk stays."""
+        """Unlock. A checkpoint stays on disk; a folder without one is removed."""
+        if self._lock is not None and not self.exists:
+            with contextlib.suppress(OSError):
+                (self.folder / "lock").unlink()
         for handle in (self._journal, self._lock):
             if handle is not None:
                 with contextlib.suppress(OSError):
                     handle.close()
         self._journal = self._lock = None
+        if not self.exists:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                self.folder.rmdir()
 
     @property
     def exists(self) -> bool:
         """Whether an unfinished run is here."""
         return (self.folder / "checkpoint.json").exists()
 
+    @property
+    def has_key(self) -> bool:
+        return any(self.folder.glob("key-*.json"))
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def save(self, state: SavedState, key: SecretKey) -> None:
+    def save(self, state: SavedState, key: SecretKey, pending: Sequence[JournalEntry] = ()) -> None:
         """Commit `state`: it replaces the previous checkpoint in one rename.
 
+        `pending`: steps from `state.step` on that may have been released before; they stay in the journal.
         A key that is not in the folder yet is stored first, and keys no longer named are erased last, so that at every
         moment the committed checkpoint has its key.
         """
@@ -217,10 +228,10 @@ class CheckpointStore:
             atomic_write_text(self.folder / "checkpoint.json", json.dumps(content) + "\n", mode=_PRIVATE)
         except ArtifactError as error:
             raise CheckpointError(
-                f"The checkpoint could not be saved. {error} The run stopped; the last checkpoint is intact and running "
-                f"the same call again continues from it, at no extra privacy cost."
+                f"The checkpoint could not be saved. {error} The run stopped; the last checkpoint is intact and "
+                f"running the same call again continues from it, at no extra privacy cost."
             ) from error
-        self._start_journal(())
+        self._start_journal(pending)
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != file:
                 with contextlib.suppress(OSError):
@@ -237,9 +248,9 @@ class CheckpointStore:
         """
         path = self.folder / "checkpoint.json"
         damaged = CheckpointError(
-            f"The checkpoint in {str(self.folder)!r} is damaged or was written by another version, so the run cannot be "
-            f"continued. Nothing was changed. Start in another output_dir, and count what this run has spent: its plan is "
-            f"in {str(path)!r}."
+            f"The checkpoint in {str(self.folder)!r} is damaged or was written by another version, so the run cannot "
+            f"be continued. Nothing was changed. Start in another output_dir, and count what this run has spent: its "
+            f"plan is in {str(path)!r}."
         )
         try:
             content = json.loads(path.read_bytes())
@@ -266,28 +277,28 @@ class CheckpointStore:
         pending = [entry for entry in self._read_journal() if entry.step >= state.step and entry.key == content["key"]]
         return state, key, pending
 
-    def resume_journal(self, pending: list[JournalEntry]) -> None:
+    def resume_journal(self, pending: Sequence[JournalEntry]) -> None:
         """Write the pending entries afresh, so that a torn last line is never appended to."""
         self._start_journal(pending)
 
     def erase(self) -> None:
-        """The run is finished: the key first, then everything else.
+        """The run is finished: the key goes first, then everything else, and the folder is unlocked.
 
         Raises:
             PrivacyError: the key file could not be erased.
         """
         for path in self.folder.glob("key-*.json"):
             SecretKey.erase_file(path)
-        # checkpoint.json before the rest: without it the folder no longer claims an unfinished run.
+        self.tidy()
+        self.close()
+
+    def tidy(self) -> None:
+        """Removes what a finished run leaves, except the key and the lock."""
         for name in ("checkpoint.json", "journal.jsonl"):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
         for path in self.folder.glob("state-*.safetensors"):
             path.unlink()
-        self.close()
-        with contextlib.suppress(OSError):
-            (self.folder / "lock").unlink()
-            self.folder.rmdir()
 
     # -- the write-ahead journal ----------------------------------------------------------------------------------
 
@@ -309,7 +320,7 @@ class CheckpointStore:
                 + " The run stopped before the step was released; running the same call again continues."
             ) from error
 
-    def _start_journal(self, entries: tuple[JournalEntry, ...] | list[JournalEntry]) -> None:
+    def _start_journal(self, entries: Sequence[JournalEntry]) -> None:
         if self._journal is not None:
             with contextlib.suppress(OSError):
                 self._journal.close()

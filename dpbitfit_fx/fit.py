@@ -1,8 +1,8 @@
 """`fit`: differentially private training of a compiled step, from Poisson draws to the privacy statement.
 
-Formal guarantee: the sequence of parameter values that `fit` releases (to callbacks, `eval_fn`, the model and the output
-folder) is (ε, δ)-differentially private for adding or removing one record, with the ε that the accountant derives from
-the very sampler object that drew the batches, under the caveats that privacy.json lists.
+Formal guarantee: the sequence of parameter values that `fit` releases (to callbacks, `eval_fn`, the model and the
+output folder) is (ε, δ)-differentially private for adding or removing one record, with the ε that the accountant
+derives from the very sampler object that drew the batches, under the caveats that privacy.json lists.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dpbitfit_fx.accounting import EpsilonTracker, Prior, check_target_delta, resolve_prior, solve_noise_multiplier
-from dpbitfit_fx.accounting import epsilon as exact_epsilon
+from dpbitfit_fx.accounting import (
+    EpsilonTracker,
+    Prior,
+    PriorRun,
+    check_target_delta,
+    resolve_prior,
+    solve_noise_multiplier,
+)
 from dpbitfit_fx.batching import (
     ItemLayout,
     MapDataset,
@@ -35,18 +41,25 @@ from dpbitfit_fx.batching import (
     global_random_state_kept,
     load_item,
 )
+from dpbitfit_fx.biases import (
+    FROZEN_FINGERPRINT,
+    MODEL_FINGERPRINT,
+    frozen_weights_fingerprint,
+    model_fingerprint,
+    save_biases,
+)
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, encode, key_id, sum_digest
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, DPBitFitError, PrivacyError
-from dpbitfit_fx.files import atomic_write_bytes, ensure_output_folder, read_bytes
+from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, ensure_output_folder, read_bytes
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
-from dpbitfit_fx.privacy_statement import PrivacyStatement
+from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
 if TYPE_CHECKING:
     from dpbitfit_fx.compile import PrivateStep
 
-__all__ = ["Engine", "FitResult", "StepInfo", "fit"]
+__all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
 BIASES, STATEMENT, SUMMARY, CHECKPOINT = "biases.safetensors", "privacy.json", "summary.md", "checkpoint"
 _ABANDONED = "privacy-abandoned-*.json"
@@ -132,7 +145,7 @@ class Engine:
         return self.clipped_sum(rows, stream(key, "records", step).bytes(32))
 
     def private_gradient(self, key: SecretKey, step: int, accumulator: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(clipped sum + σR z) / expected batch size, by parameter name. May be released."""
+        """(clipped sum + sigma R z) / expected batch size, by parameter name. May be released."""
         update = self.update
         normals = torch.from_numpy(stream(key, "noise", step).normal(update.num_trainable))
         noise = normals.to(dtype=update.dtype, device=update.device)
@@ -159,8 +172,8 @@ class Engine:
         except Exception as error:
             raise DataError(
                 f"The model fails with {type(error).__name__} on row {row} of the dataset. Likely a label outside the "
-                f"model's classes or a token id outside its vocabulary. The message is withheld because it may quote the "
-                f"record; run the loss on that row alone to see it."
+                f"model's classes or a token id outside its vocabulary. The message is withheld because it may quote "
+                f"the record; run the loss on that row alone to see it."
             ) from None
 
 
@@ -209,19 +222,21 @@ def _build_optimizer(optimizer: Any, parameters: list[nn.Parameter], learning_ra
         raise PrivacyError(f"optimizer returned a {type(built).__name__}, not a torch.optim.Optimizer.")
     held = [id(parameter) for group in built.param_groups for parameter in group["params"]]
     if sorted(held) != sorted(map(id, parameters)):
-        raise PrivacyError("The optimizer must hold exactly the parameters it was given: those whose gradient is private.")
+        raise PrivacyError(
+            "The optimizer must hold exactly the parameters it was given: those whose gradient is private."
+        )
     closure = inspect.signature(built.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise PrivacyError(
-            f"{type(built).__name__} evaluates the loss again inside its step, which would release private losses. Use an "
-            f"optimizer that needs gradients only."
+            f"{type(built).__name__} evaluates the loss again inside its step, which would release private losses. "
+            f"Use an optimizer that needs gradients only."
         )
     return built
 
 
 _PLATEAU = (
-    "ReduceLROnPlateau changes the learning rate by a loss, and the training loss is private data. Use a schedule that is "
-    "a function of the step."
+    "ReduceLROnPlateau changes the learning rate by a loss, and the training loss is private data. Use a schedule "
+    "that is a function of the step."
 )
 
 
@@ -277,8 +292,8 @@ def _scheduler(lr_schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _frozen_digest(model: nn.Module, trainables: set[str]) -> str:
@@ -355,18 +370,21 @@ class _Progress:
 
 def _statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
     """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
-    state, _, pending = store.load()
-    mechanism = state.mechanism
+    state, key, pending = store.load()
+    key.erase()
     lost = max((entry.step + 1 - state.step for entry in pending), default=0)
-    content = dict(mechanism["statement"])
-    sampler = PoissonSampler.from_dict(mechanism["sampler"])
-    return _make_statement(content, sampler, mechanism["noise_multiplier"], state.step, state.charged_steps + lost)
+    return _make_statement(state.mechanism, state.step, state.charged_steps + lost)
 
 
-def _make_statement(
-    content: Mapping[str, Any], sampler: PoissonSampler, noise_multiplier: float, steps: int, lost_steps: int
-) -> PrivacyStatement:
-    raise NotImplementedError
+def _make_statement(mechanism: Mapping[str, Any], steps: int, lost_steps: int) -> PrivacyStatement:
+    return PrivacyStatement.create(
+        PoissonSampler.from_dict(mechanism["sampler"]),
+        noise_multiplier=mechanism["noise_multiplier"],
+        prior=[PriorRun.from_dict(run) for run in mechanism["prior"]],
+        steps=steps,
+        lost_steps=lost_steps,
+        **mechanism["statement"],
+    )
 
 
 def _abandon(store: CheckpointStore, output_dir: Path) -> None:
@@ -425,7 +443,7 @@ class _Run:
         self.step += 1
 
     def charge(self, lost: int) -> None:
-        """Pays for `lost` steps that somebody may have seen, and goes on under a new key. On disk before anything else."""
+        """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
         self.charged += lost
         self.pending = {}
         old, self.key = self.key, self.key.renewed()
@@ -450,11 +468,9 @@ class _Run:
             optimizer=self.optimizer.state_dict(),
             history=self.history,
         )
-        self.store.save(state, self.key)
-        if self.pending:
-            self.store.resume_journal(
-                [JournalEntry(step, key_id(self.key), digest) for step, digest in sorted(self.pending.items())]
-            )
+        name = key_id(self.key)
+        pending = [JournalEntry(step, name, digest) for step, digest in sorted(self.pending.items())]
+        self.store.save(state, self.key, pending)
 
     def restore(self, state: SavedState, key: SecretKey, pending: list[JournalEntry]) -> None:
         """Continues `state`: exactly where everything matches, else with the lost steps charged.
@@ -463,18 +479,22 @@ class _Run:
         """
         if _comparable(state.mechanism) != _comparable(self.mechanism):
             raise CheckpointError(
-                "The output folder holds an unfinished run under another privacy plan (noise, sample rate, number of records "
-                "or earlier runs), which this call cannot continue. Nothing was changed. Repeat that run's arguments to "
-                "continue it, or pass resume=False, overwrite=True to give it up: what it has spent is then kept in the "
-                "folder and counted in this run."
+                "The output folder holds an unfinished run under another privacy plan (noise, sample rate, number of "
+                "records or earlier runs), which this call cannot continue. Nothing was changed. Repeat that run's "
+                "arguments to continue it, or pass resume=False, overwrite=True to give it up: what it has spent is "
+                "then kept in the folder and counted in this run."
             )
         shapes = {name: tuple(parameter.shape) for name, parameter in self.trainables.items()}
         if {name: tuple(value.shape) for name, value in state.trainables.items()} != shapes:
             raise CheckpointError(
-                "The output folder holds an unfinished run that trains other parameters. Nothing was changed. Repeat that "
-                "run's model and trainable= to continue it, or pass resume=False, overwrite=True to give it up: what it has "
-                "spent is then kept in the folder and counted in this run."
+                "The output folder holds an unfinished run that trains other parameters. Nothing was changed. Repeat "
+                "that run's model and trainable= to continue it, or pass resume=False, overwrite=True to give it up: "
+                "what it has spent is then kept in the folder and counted in this run."
             )
+        # The statement goes on naming the run that began; noise from a known seed stays insecure for ever.
+        statement, saved = self.mechanism["statement"], state.mechanism["statement"]
+        statement["run_id"] = saved["run_id"]
+        statement["insecure"] = statement["insecure"] or saved["insecure"]
         same = state.fingerprint == self.fingerprint
         with torch.no_grad():
             for name, parameter in self.trainables.items():
@@ -482,6 +502,9 @@ class _Run:
         exact = same or all(
             state.fingerprint.get(name) == self.fingerprint[name] for name in ("optimizer", "optimizer_settings")
         )
+        if state.step:
+            # First the schedule, which may compute rates from rates; then the optimizer's saved ones over it.
+            self.set_rates(state.step - 1)
         if exact:
             self._restore_optimizer(state)
         self.key.erase()
@@ -556,6 +579,7 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[Callable[[StepInfo], None]] = (),
     tuning_covered: bool = False,
+    public_declarations: Mapping[str, Any] | None = None,
     insecure_seed_for_tests: int | None = None,
 ) -> FitResult:
     """Trains `model` in place with differential privacy, and says what it cost.
@@ -578,18 +602,21 @@ def fit(
         padded_lengths: public lengths; dimension 0 of an item is padded to the smallest that holds that item. One tuple
             for all sequences, or a mapping from key to tuple. Records longer than the largest are an error.
         pad_values: by key, or one number. Default 0; -100 for integer sequences called "labels".
-        example_batch: **made-up or public** batch, dimension 0 = batch; fixes shapes and dtypes, fills unused rows, probes
-            the model. Default: made up from the dtypes and shapes (never values) of the first record.
+        example_batch: **made-up or public** batch, dimension 0 = batch; fixes shapes and dtypes, fills unused rows,
+            probes the model. Default: made up from the dtypes and shapes (never values) of the first record.
         dataset_size: the public N. Default: len(dataset), recorded as "N assumed public".
-        output_dir: receives biases.safetensors, privacy.json and summary.md; while running, a private checkpoint folder.
+        output_dir: receives biases.safetensors, privacy.json and summary.md; while running, a private checkpoint
+            folder.
         checkpoint_every: logical steps between checkpoints. A killed run replays the steps since, bit for bit.
         resume: continue an unfinished run found in output_dir; a changed plan is continued with its lost steps charged.
-        overwrite: replace the results of a finished run (its privacy.json is kept beside the new one). With resume=False
-            also gives up an unfinished run, whose spent budget is kept in the folder and composed with this one.
+        overwrite: replace the results of a finished run (its privacy.json is kept beside the new one). With
+            resume=False also gives up an unfinished run, whose spent budget is kept in the folder and composed with
+            this one.
         prior: privacy.json files or statements of earlier runs on the same records, composed exactly.
         progress: a progress bar once the run has lasted two seconds.
         callbacks: called with a StepInfo after every step.
         tuning_covered: declares that hyper-parameters were not tuned on these records (or that `prior` counts it).
+        public_declarations: what else was declared public (a label set, say), kept in privacy.json.
         insecure_seed_for_tests: a known seed for the draws and the noise: **no privacy at all**.
 
     Raises:
@@ -628,7 +655,7 @@ def fit(
         tracker = EpsilonTracker(sampler, sigma, delta, runs)
 
         with _model_as_found(model):
-            engine = _engine(
+            engine = build_engine(
                 model,
                 loss_fn,
                 dataset,
@@ -649,19 +676,34 @@ def fit(
             built = _build_optimizer(optimizer, [named[n] for n in engine.update.trainable_names], learning_rate)
             settings = _settings(built)
             set_rates, schedule = _scheduler(lr_schedule, built, sampler.steps)
-            key = SecretKey() if insecure_seed_for_tests is None else SecretKey.insecure_for_tests(insecure_seed_for_tests)
-            content = {
-                "run_id": key_id(key),
-                "target_epsilon": target_epsilon,
-                "target_delta": delta,
-                "delta_by_default": target_delta is None,
-                "max_grad_norm": engine.update.max_grad_norm,
-                "clipping": repr(clipping),
-                "size_assumed_public": dataset_size is None,
-                "tuning_covered": tuning_covered,
-                "prior": [run.to_dict() for run in runs],
+            seed = insecure_seed_for_tests
+            key = SecretKey() if seed is None else SecretKey.insecure_for_tests(seed)
+            statement_fields = {
+                "run_id": new_run_id(),
+                "delta": delta,
+                "max_grad_norm": float(engine.update.max_grad_norm),
+                "clipping": "automatic" if isinstance(clipping, AutomaticClipping) else "flat",
+                "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
                 "graph_hash": _graph_hash(engine.compiled),
-                "insecure": insecure_seed_for_tests is not None,
+                "num_trainable": engine.update.num_trainable,
+                "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dataset_size_assumed_public": dataset_size is None,
+                "tuning_covered": tuning_covered,
+                "insecure": key.insecure,
+                "backend": f"pytorch {backend}",
+                "public_declarations": {
+                    **(public_declarations or {}),
+                    "target_epsilon": target_epsilon,
+                    "target_delta": "by default, at most 1/(10 N)" if target_delta is None else "declared",
+                    "padded_lengths": [
+                        f"{leaf.path}: {list(leaf.lengths)}" for leaf in engine.batches.layout.leaves if leaf.lengths
+                    ],
+                    "example_batch": (
+                        "made up from the dtypes and shapes of the first record"
+                        if example_batch is None
+                        else "given, and public by the caller's word"
+                    ),
+                },
             }
             run = _Run(
                 engine,
@@ -675,9 +717,9 @@ def fit(
                     "sample_rate": sampler.sample_rate,
                     "dataset_size": sampler.dataset_size,
                     "noise_multiplier": sigma,
-                    "prior": content["prior"],
+                    "prior": [run.to_dict() for run in runs],
                     "sampler": sampler.to_dict(),
-                    "statement": content,
+                    "statement": statement_fields,
                 },
                 fingerprint={
                     "graphs": [step.graph_hash for step in engine.compiled],
@@ -701,29 +743,20 @@ def fit(
             )
             if store is not None and store.exists:
                 run.restore(*store.load())
-                # The statement names the run that began, not the process that goes on with it.
-                content["run_id"] = run.mechanism["statement"]["run_id"] = _first_run_id(store)
             else:
                 run.save()
             _train(run, sampler, eval_fn, callbacks, progress)
 
-        spent = exact_epsilon(sampler, sigma, delta, steps=run.step, prior=runs, lost_steps=run.charged)
-        statement = _make_statement(content, sampler, sigma, run.step, run.charged)
+        statement = _make_statement(run.mechanism, run.step, run.charged)
         if folder is not None and store is not None:
             run.save()
             _write_results(folder, run, statement)
             store.erase()
         run.key.erase()
-        return FitResult(model, spent, delta, sigma, run.step, run.history, folder, statement, run.charged)
+        return FitResult(model, statement.epsilon, delta, sigma, run.step, run.history, folder, statement, run.charged)
     finally:
         if store is not None:
             store.close()
-
-
-def _first_run_id(store: CheckpointStore) -> str:
-    state, key, _ = store.load()
-    key.erase()
-    return str(state.mechanism["statement"]["run_id"])
 
 
 def _graph_hash(compiled: Sequence[PrivateStep]) -> str:
@@ -734,23 +767,27 @@ def _graph_hash(compiled: Sequence[PrivateStep]) -> str:
 
 
 def _check_folder(folder: Path, store: CheckpointStore, *, resume: bool, overwrite: bool) -> None:
+    if store.exists and not store.has_key and (folder / BIASES).exists() and (folder / STATEMENT).exists():
+        # Killed while tidying up: the results are complete and the key is gone.
+        store.tidy()
     if store.exists:
         if not resume and not overwrite:
             raise CheckpointError(
                 f"{str(folder)!r} holds an unfinished run, and resume=False was asked for. Nothing was changed. Leave "
-                f"resume=True to continue it, choose another output_dir, or pass overwrite=True to give it up: what it has "
-                f"spent is then kept in the folder and counted in this run."
+                f"resume=True to continue it, choose another output_dir, or pass overwrite=True to give it up: what "
+                f"it has spent is then kept in the folder and counted in this run."
             )
         return
     finished = [name for name in (BIASES, STATEMENT) if (folder / name).exists()]
     if finished and not overwrite:
         raise ArtifactError(
-            f"{str(folder)!r} already holds the result of a finished run ({', '.join(finished)}). Nothing was changed. Choose "
-            f"another output_dir, or pass overwrite=True; if the records are the same, pass its privacy.json as prior=."
+            f"{str(folder)!r} already holds the result of a finished run ({', '.join(finished)}). Nothing was "
+            f"changed. Choose another output_dir, or pass overwrite=True; if the records are the same, pass its "
+            f"privacy.json as prior=."
         )
 
 
-def _engine(
+def build_engine(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], torch.Tensor],
     dataset: MapDataset,
@@ -828,12 +865,12 @@ def _train(
                 run.history.append(entry | _evaluate(model, eval_fn))
             rate = float(run.optimizer.param_groups[0]["lr"])
             for callback in callbacks:
-                callback(StepInfo(done, run.limit(run.charged), rate, lambda done=done: spent(done)))  # type: ignore[misc]
+                callback(StepInfo(done, run.limit(run.charged), rate, partial(spent, done)))
             bar.update(done)
             if done % run.checkpoint_every == 0 and not run.finished:
                 run.save()
     except KeyboardInterrupt:
-        saved = "" if run.store is None else " Running the same call again continues from the checkpoint at no extra cost."
+        saved = "" if run.store is None else " Running the same call again continues, at no extra cost."
         raise KeyboardInterrupt(f"Interrupted after {run.step} private steps.{saved}") from None
     finally:
         bar.close()
@@ -841,12 +878,17 @@ def _train(
 
 def _write_results(folder: Path, run: _Run, statement: PrivacyStatement) -> None:
     """All three files; the checkpoint is still there, so that a full disk here loses nothing."""
-    from dpbitfit_fx.biases import save_biases
-
     old = folder / STATEMENT
     if old.exists():
         kept = read_bytes(old)
         atomic_write_bytes(folder / f"privacy-earlier-{hashlib.sha256(kept).hexdigest()[:12]}.json", kept)
-    values = {name: parameter.detach() for name, parameter in run.trainables.items()}
-    save_biases(folder / BIASES, values, {"graph_hash": statement.graph_hash})
-    statement.save(folder / STATEMENT)
+    statement.save(old)
+    atomic_write_text(folder / SUMMARY, statement.summary())
+    model = run.engine.update.model
+    metadata = {
+        MODEL_FINGERPRINT: model_fingerprint(model),
+        FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, run.trainables),
+        "graph_hash": statement.graph_hash,
+        "run_id": statement.run_id,
+    }
+    save_biases(folder / BIASES, {name: p.detach() for name, p in run.trainables.items()}, metadata)
