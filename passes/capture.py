@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.func import grad_and_value, vmap
+from torch.func import functionalize, grad_and_value, vmap
 
-from . import closures, trainables
+from . import closures, recurrent_rules, sample_rules, trainables
 from .attention_rule import attention
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
-from .sample_rules import RULES
-from .torch_private import argument_names, is_random, keep_node_meta, leaf_names, module_stack, trace, tree_flatten, tree_unflatten
+from .torch_private import argument_names, is_random, keep_node_meta, leaf_names, module_stack, schema_is_mutable, trace, tree_flatten, tree_unflatten
 from .unify import unify, where
 
 aten = torch.ops.aten
 SIZES = (11, 13)
+RULES = {**sample_rules.RULES, **recurrent_rules.RULES}
 LIBRARIES = ("/torch/", "/passes/", "<")
 
 
@@ -207,11 +207,14 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(joint: Any, module: fx.GraphModule, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
-    # oneDNN's fused RNN has no batching rule; without it nn.LSTM and nn.GRU unroll over time, never over samples.
-    with warnings.catch_warnings(record=True) as caught, keep_node_meta(), torch.backends.mkldnn.flags(enabled=False):
+    with warnings.catch_warnings(record=True) as caught, keep_node_meta():
         warnings.simplefilter("always")
         try:
             graph = trace(joint, trained, fixed, *batch)
+            if any(schema_is_mutable(n.target) for n in graph.graph.nodes):
+                # functorch's own rules write scratch tensors in place: trace once more without the writes.
+                replay = fx.Interpreter(graph)
+                graph = trace(functionalize(lambda t, f, *b: replay.run(*t, *f, *b, enable_io_processing=False)), trained, fixed, *batch)
         except CompileRefused:
             raise
         except Exception as error:

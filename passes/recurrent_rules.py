@@ -1,0 +1,90 @@
+"""nn.LSTM, nn.GRU and nn.RNN of one sample, written over time in operators that vmap batches (no fused RNN has a rule).
+
+    LSTM: i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh;  c = s(f) c + s(i) tanh(g);  h = s(o) tanh(c)
+    GRU:  r, z from both sums;  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = (1 - z) n + z h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+aten = torch.ops.aten
+State = tuple[Tensor, ...]
+
+
+def _lstm_cell(gates: Tensor, state: State, w: Tensor, b: Any, projection: Any) -> State:
+    h, c = state
+    i, f, g, o = (gates + linear(h, w, b)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h if projection is None else linear(h, projection)), c
+
+
+def _gru_cell(gates: Tensor, state: State, w: Tensor, b: Any, projection: Any) -> State:
+    (h,) = state
+    ir, iz, inew = gates.chunk(3, -1)
+    hr, hz, hnew = linear(h, w, b).chunk(3, -1)
+    z = torch.sigmoid(iz + hz)
+    n = torch.tanh(inew + torch.sigmoid(ir + hr) * hnew)
+    return (n + z * (h - n),)
+
+
+def _simple_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
+    def cell(gates: Tensor, state: State, w: Tensor, b: Any, projection: Any) -> State:
+        return (activation(gates + linear(state[0], w, b)),)
+
+    return cell
+
+
+def _run(cell: Any, x: Tensor, hx: State, params: Any, biases: bool, layers: int, bidirectional: bool, batch_first: bool) -> Any:
+    """x [T, N, C] (or [N, T, C]); returns the output sequence and the last state of every layer and direction."""
+    if batch_first:
+        x = x.transpose(0, 1)
+    directions = 2 if bidirectional else 1
+    each = len(params) // (layers * directions)
+    weights: Iterator[Any] = iter(params)
+    finals: list[State] = []
+    for layer in range(layers):
+        sides = []
+        for direction in range(directions):
+            own = [next(weights) for _ in range(each)]
+            w_ih, w_hh, *rest = own
+            b_ih, b_hh = (rest[0], rest[1]) if biases else (None, None)
+            projection = own[-1] if each == (5 if biases else 3) else None
+            at = layer * directions + direction
+            state = tuple(h[at] for h in hx)
+            gates = linear(x, w_ih, b_ih)
+            steps = range(x.shape[0]) if direction == 0 else range(x.shape[0] - 1, -1, -1)
+            outputs = []
+            for t in steps:
+                state = cell(gates[t], state, w_hh, b_hh, projection)
+                outputs.append(state[0])
+            sides.append(torch.stack(outputs if direction == 0 else outputs[::-1]))
+            finals.append(state)
+        x = sides[0] if directions == 1 else torch.cat(sides, -1)
+    last = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+    return (x.transpose(0, 1) if batch_first else x, *last)
+
+
+def _lstm(x: Tensor, hx: Any, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool) -> Any:
+    return _run(_lstm_cell, x, tuple(hx), params, biases, layers, both, first)
+
+
+def _single(cell: Any) -> Callable[..., Any]:
+    def rule(x: Tensor, hx: Tensor, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool) -> Any:
+        return _run(cell, x, (hx,), params, biases, layers, both, first)
+
+    return rule
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.lstm.input: _lstm,
+    aten.gru.input: _single(_gru_cell),
+    aten.rnn_tanh.input: _single(_simple_cell(torch.tanh)),
+    aten.rnn_relu.input: _single(_simple_cell(torch.relu)),
+}
