@@ -1,0 +1,376 @@
+"""The command line, `dpbitfit`. torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError, PrivacyError
+
+if TYPE_CHECKING:
+    from dpbitfit_fx.data import TokenizedText
+
+__all__ = ["app", "main"]
+
+RUN_FILE = "run.json"
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns every error of ours into one red paragraph and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DPBitFitError as error:
+            if ctx.params.get("debug"):
+                raise
+            _console(stderr=True).print(f"[red]{escape(' '.join(str(error).split()))}[/red]")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            if ctx.params.get("debug"):
+                raise
+            _console(stderr=True).print(f"[red]{escape(str(interrupt) or 'Interrupted.')}[/red]")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Differentially private bias tuning (DP-BiTFiT) of unedited PyTorch models.",
+)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    del debug  # read from the context where errors are shown
+
+
+@contextmanager
+def _busy(what: str) -> Iterator[None]:
+    with _console(stderr=True).status(what):
+        yield
+
+
+def _names(text: str | None, option: str) -> list[str] | None:
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise DataError(f"{option} must be names separated by commas, none of them blank.")
+    return names
+
+
+def _clipping(kind: str, max_grad_norm: float) -> Any:
+    from dpbitfit_fx.clipping import AutomaticClipping, FlatClipping
+
+    if kind not in ("automatic", "flat"):
+        raise PrivacyError(f"--clipping must be automatic or flat; got '{kind}'.")
+    if kind == "automatic":
+        return AutomaticClipping(max_grad_norm=max_grad_norm)
+    return FlatClipping(max_grad_norm=max_grad_norm)
+
+
+def _tokenised(table: Any, tokenizer: Any, longest: int, what: str) -> TokenizedText:
+    from rich.progress import Progress
+
+    from dpbitfit_fx.data import tokenize
+
+    with Progress(console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=len(table))
+        return tokenize(table, tokenizer, longest, lambda count: progress.advance(task, count))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demo leaves.")] = Path("dpbitfit-demo"),
+    epsilon: Annotated[float, typer.Option(help="Target epsilon, at delta = 1e-5.")] = 8.0,
+    seeds: Annotated[int, typer.Option(help="How many private runs to average.", min=1)] = 1,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept; default $DPBITFIT_CACHE or ~/.cache/dpbitfit.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Also run the linear probe and non-private bias tuning.")] = True,
+) -> None:
+    """The whole main job on real input: MiniLM and movie reviews, privately, in PyTorch and ONNX Runtime."""
+    from dpbitfit_fx.demo import run_demo
+
+    run_demo(output, epsilon=epsilon, seeds=seeds, cache=cache, baselines=baselines, console=_console())
+
+
+@app.command()
+def train(
+    model: Annotated[Path, typer.Argument(help="A local Hugging Face model directory (safetensors).")],
+    data: Annotated[Path, typer.Argument(help="Private records: .csv, .tsv or .jsonl.")],
+    output: Annotated[Path, typer.Option(help="Receives biases.safetensors, privacy.json and summary.md.")],
+    target_epsilon: Annotated[float, typer.Option(help="Privacy budget of the run, earlier runs included.")],
+    text_column: Annotated[str, typer.Option()] = "text",
+    label_column: Annotated[str, typer.Option()] = "label",
+    labels: Annotated[str | None, typer.Option(help="The label set, separated by commas.")] = None,
+    labels_from_data: Annotated[
+        bool, typer.Option("--labels-from-data", help="Take the label set from the data, and declare it public.")
+    ] = False,
+    padded_lengths: Annotated[
+        str,
+        typer.Option(help="Public token lengths; a text is padded to the smallest that fits, or cut to the largest."),
+    ] = "32,64,128",
+    target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default at most 1/(10 N).")] = None,
+    epochs: Annotated[float, typer.Option()] = 3.0,
+    expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
+    physical_batch_size: Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")] = 32,
+    max_grad_norm: Annotated[float, typer.Option()] = 1.0,
+    clipping: Annotated[str, typer.Option(help="automatic or flat.")] = "automatic",
+    learning_rate: Annotated[float, typer.Option()] = 5e-3,
+    trainable: Annotated[
+        str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
+    ] = None,
+    dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the number of records.")] = None,
+    eval_file: Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")] = None,
+    prior: Annotated[
+        list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a finished run.")] = False,
+    tuning_covered: Annotated[
+        bool, typer.Option("--tuning-covered", help="Declare that nothing was tuned on these records.")
+    ] = False,
+) -> None:
+    """Train the biases of a model on private labelled text."""
+    from dpbitfit_fx.data import parse_lengths, read_table
+    from dpbitfit_fx.files import ensure_output_folder
+
+    if (labels is None) == (not labels_from_data):
+        raise DataError(
+            "Declare the label set with --labels a,b,c, or take it from the data with --labels-from-data, which makes the "
+            "set itself public; one of the two."
+        )
+    lengths = parse_lengths(padded_lengths)
+    patterns = _names(trainable, "--trainable")
+    clip = _clipping(clipping, max_grad_norm)
+    table = read_table(data, text_column, label_column, _names(labels, "--labels"))
+    public = None if eval_file is None else read_table(eval_file, text_column, label_column, table.label_set)
+    ensure_output_folder(output)
+
+    with _busy("loading the model"):
+        from dpbitfit_fx.fit import fit
+        from dpbitfit_fx.huggingface import accuracy, default_trainable, load_classifier, load_tokenizer, text_loss
+
+        tokenizer = load_tokenizer(model)
+        network = load_classifier(model, len(table.label_set))
+    chosen = patterns or default_trainable(network)
+    pad = tokenizer.pad_token_id or 0
+    records = _tokenised(table, tokenizer, lengths[-1], "tokenising")
+    evaluation = None if public is None else _tokenised(public, tokenizer, lengths[-1], "tokenising the public file")
+
+    result = fit(
+        network,
+        text_loss,
+        records,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        epochs=epochs,
+        expected_batch_size=expected_batch_size,
+        physical_batch_size=physical_batch_size,
+        trainable=chosen,
+        clipping=clip,
+        learning_rate=learning_rate,
+        eval_fn=None if evaluation is None else lambda net: {"accuracy": accuracy(net, evaluation, pad_id=pad)},
+        padded_lengths={"input_ids": lengths, "attention_mask": lengths},
+        pad_values={"input_ids": pad},
+        dataset_size=dataset_size,
+        output_dir=output,
+        resume=resume,
+        overwrite=overwrite,
+        prior=list(prior or ()),
+        tuning_covered=tuning_covered,
+        public_declarations={**table.public_declarations(), "padded_lengths_source": "declared; longer texts are cut"},
+    )
+    from dpbitfit_fx.files import atomic_write_text
+
+    described = {
+        "labels": list(table.label_set),
+        "padded_lengths": list(lengths),
+        "trainable": chosen,
+        "learning_rate": learning_rate,
+    }
+    atomic_write_text(output / RUN_FILE, json.dumps(described, indent=2) + "\n")
+    console = _console()
+    if result.history:
+        console.print(f"accuracy on the public file: {result.history[-1]['accuracy']:.1%}")
+    console.print(
+        f"epsilon = {result.epsilon:.4g} at delta = {result.delta:g}, noise multiplier {result.noise_multiplier:.4g}, "
+        f"{result.steps} steps. Everything is in {escape(str(output))}."
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output folder of `dpbitfit train`.")],
+    model: Annotated[Path, typer.Argument(help="The model directory that it was trained from.")],
+    output: Annotated[Path, typer.Option(help="Receives the exported files.")],
+    format: Annotated[str, typer.Option(help="ort (ONNX Runtime Training) or onnx (plain ONNX).")] = "ort",
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    length: Annotated[int | None, typer.Option(help="Tokens per text; default: the longest padded length.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the made-up example batch.", min=2)] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Export a trained model's private step, checked against PyTorch, to train further without PyTorch."""
+    from dpbitfit_fx.files import read_text
+    from dpbitfit_fx.privacy_statement import PrivacyStatement
+
+    if format not in ("ort", "onnx"):
+        raise DPBitFitError(f"--format must be ort or onnx; got '{format}'.")
+    if optimizer not in ("adamw", "sgd"):
+        raise DPBitFitError(f"--optimizer must be adamw or sgd; got '{optimizer}'.")
+    try:
+        described = json.loads(read_text(run / RUN_FILE))
+        labels, lengths, trainable = described["labels"], described["padded_lengths"], described["trainable"]
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"'{run / RUN_FILE}' is damaged: it does not describe a run of `dpbitfit train`.") from None
+    statement = PrivacyStatement.load(run / "privacy.json")
+    with _busy("loading the model"):
+        from dpbitfit_fx.biases import load_biases
+        from dpbitfit_fx.compile import compile as compile_step
+        from dpbitfit_fx.huggingface import load_classifier, logits_of, made_up_batch, text_loss
+
+        network = load_classifier(model, len(labels))
+        load_biases(network, run / "biases.safetensors")
+    with _busy("compiling and proving the private step"):
+        step = compile_step(
+            network,
+            text_loss,
+            made_up_batch(length or lengths[-1], _vocabulary(network), rows),
+            trainable=trainable,
+            clipping=_clipping(statement.clipping, statement.max_grad_norm),
+            noise_multiplier=statement.noise_multiplier,
+            expected_batch_size=statement.expected_batch_size,
+        )
+    plan: dict[str, Any] = {
+        "optimizer": optimizer,
+        "sample_rate": statement.sample_rate,
+        "dataset_size": statement.dataset_size,
+        "steps": statement.steps,
+        "target_delta": statement.delta,
+        "overwrite": overwrite,
+    }
+    with _busy("exporting, and checking the files against PyTorch"):
+        if format == "ort":
+            from dpbitfit_fx.ort_export import export_ort_training
+
+            folder = export_ort_training(step, output, eval_output=logits_of, **plan)
+        else:
+            from dpbitfit_fx.onnx_export import export_onnx
+
+            folder = export_onnx(step, output, **plan)
+    _console().print(
+        f"{escape(str(folder))}: agrees with PyTorch. Training from it on the same records spends more budget; compose it "
+        f"with {escape(str(run / 'privacy.json'))}."
+    )
+
+
+def _vocabulary(network: Any) -> int:
+    config = getattr(network, "config", None) or network.encoder.config
+    return int(config.vocab_size)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A local Hugging Face model directory (safetensors).")],
+    num_labels: Annotated[int, typer.Option(help="Classes of the classifier.", min=2)] = 2,
+    trainable: Annotated[str | None, typer.Option(help="Name patterns separated by commas; default: bias.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per made-up text.", min=2)] = 32,
+    clipping: Annotated[str, typer.Option(help="automatic or flat.")] = "automatic",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what would be trained and by which rule, what was rewritten, what is slow, or why a model is refused."""
+    patterns = _names(trainable, "--trainable")
+    clip = _clipping(clipping, 1.0)
+    with _busy("loading the model"):
+        from dpbitfit_fx.compile import compile as compile_step
+        from dpbitfit_fx.huggingface import default_trainable, load_classifier, made_up_batch, text_loss
+
+        network = load_classifier(model, num_labels)
+    with _busy("compiling and proving the private step"):
+        step = compile_step(
+            network,
+            text_loss,
+            made_up_batch(length, _vocabulary(network)),
+            trainable=patterns or default_trainable(network),
+            clipping=clip,
+        )
+    report = step.report()
+    console = _console()
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, default=str))
+        return
+    console.print(escape(str(report)))
+    operators = Table("operator in the private step", "times")
+    for name, count in sorted(report.operators.items(), key=lambda item: -item[1]):
+        operators.add_row(escape(name), str(count))
+    console.print(operators)
+    slow = getattr(report, "slow", ())
+    console.print(f"slow operators: {escape(', '.join(map(str, slow))) if slow else 'none'}")
+
+
+@app.command()
+def account(
+    dataset_size: Annotated[int, typer.Option(help="N, the public number of records.")],
+    expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
+    epochs: Annotated[float | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="Logical steps, in place of --epochs.")] = None,
+    target_delta: Annotated[float, typer.Option(help="Below 1/N.")] = 1e-5,
+    target_epsilon: Annotated[float | None, typer.Option(help="Solve for the noise multiplier.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Compute epsilon.")] = None,
+    prior: Annotated[
+        list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")
+    ] = None,
+) -> None:
+    """The epsilon of a plan, or the noise multiplier for an epsilon. Reads no data."""
+    from dpbitfit_fx import accounting
+    from dpbitfit_fx.sampling import PoissonSampler
+
+    if (target_epsilon is None) == (noise_multiplier is None):
+        raise PrivacyError(
+            "Give either --target-epsilon or --noise-multiplier, and not both: one follows from the other."
+        )
+    sampler = PoissonSampler.from_expected_batch_size(dataset_size, expected_batch_size, epochs=epochs, steps=steps)
+    earlier = list(prior or ())
+    with _busy("accounting"):
+        if noise_multiplier is None:
+            assert target_epsilon is not None
+            noise_multiplier = accounting.solve_noise_multiplier(sampler, target_epsilon, target_delta, earlier)
+        spent = accounting.epsilon(sampler, noise_multiplier, target_delta, prior=earlier)
+    table = Table("quantity", "value")
+    for name, value in (
+        ("epsilon", f"{accounting.format_epsilon(spent)}"),
+        ("delta", f"{target_delta:g}"),
+        ("noise multiplier", f"{noise_multiplier:.6g}"),
+        ("sample rate", f"{sampler.sample_rate:.6g}"),
+        ("steps", f"{sampler.steps}"),
+        ("earlier runs composed", f"{len(earlier)}"),
+        ("neighbouring relation", accounting.NEIGHBORING_RELATION),
+    ):
+        table.add_row(name, value)
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point of the script `dpbitfit`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
