@@ -98,7 +98,9 @@ def make_session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {path.name}: {str(error).splitlines()[0][:400]}") from error
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {path.name}: {str(error).splitlines()[0][:400]}"
+        ) from error
 
 
 def relative_error(got: Array, want: Array, floor: float = 0.0) -> float:
@@ -195,7 +197,9 @@ def torch_optimizer(optimizer: Optimizer, parameter: torch.Tensor) -> torch.opti
     )
 
 
-def check_update(step: Any, session: Any, optimizer: Optimizer, layout: Layout, probes: Probes, tolerance: float) -> None:
+def check_update(
+    step: Any, session: Any, optimizer: Optimizer, layout: Layout, probes: Probes, tolerance: float
+) -> None:
     """Three noisy updates against ``step.privatize`` and torch's optimizer; changes are compared, not parameters."""
     size = layout.num_trainable
     theta = flat_parameters(step)
@@ -210,7 +214,12 @@ def check_update(step: Any, session: Any, optimizer: Optimizer, layout: Layout, 
             parameter.grad = step.privatize(accumulator, noise).clone()
         before = parameter.detach().numpy().copy()
         reference.step()
-        feed = {**state, "accumulator": accumulator.numpy(), "noise": noise.numpy(), "learning_rate": np.array([optimizer.lr], np.float32)}
+        feed = {
+            **state,
+            "accumulator": accumulator.numpy(),
+            "noise": noise.numpy(),
+            "learning_rate": np.array([optimizer.lr], np.float32),
+        }
         present = {i.name for i in session.get_inputs()}
         results = session.run(None, {k: v for k, v in feed.items() if k in present})
         old = state["theta"]
@@ -218,7 +227,9 @@ def check_update(step: Any, session: Any, optimizer: Optimizer, layout: Layout, 
         # A change of theta keeps theta's own rounding.
         room = 4e-7 * float(np.linalg.norm(before))
         want = parameter.detach().numpy() - before
-        error = max(0.0, float(np.linalg.norm((state["theta"] - old) - want)) - room) / max(float(np.linalg.norm(want)), 1e-30)
+        error = max(0.0, float(np.linalg.norm((state["theta"] - old) - want)) - room) / max(
+            float(np.linalg.norm(want)), 1e-30
+        )
         require(error, 10 * tolerance, "the update of the parameters")
 
 
@@ -243,8 +254,9 @@ def check_ort_training(
     size = layout.num_trainable
     try:
         backend = load_artifacts(folder, manifest)
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime Training cannot load the artifacts: {str(error).splitlines()[0][:400]}") from error
+    except Exception as failure:
+        reason = str(failure).splitlines()[0][:400]
+        raise ExportError(f"ONNX Runtime Training cannot load the artifacts: {reason}") from failure
 
     def run(leaves: Sequence[torch.Tensor], mask: torch.Tensor, theta: Array, noise: Array) -> Array:
         backend.set_flat(theta)
@@ -264,10 +276,20 @@ def check_ort_training(
                 with torch.no_grad():
                     total = step.accumulate(probes.tree(leaves), mask, total)
                 zero = np.zeros(size, np.float32)
-                backend.accumulate({b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), zero)
-                require(relative_error(backend.gradient_buffers(), total.numpy()), tolerance, f"the gradient buffer after {i + 1} micro-batches")
+                backend.accumulate(
+                    {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), zero
+                )
+                require(
+                    relative_error(backend.gradient_buffers(), total.numpy()),
+                    tolerance,
+                    f"the gradient buffer after {i + 1} micro-batches",
+                )
             none = probes.batch(2)
-            backend.accumulate({b.name: x.numpy() for b, x in zip(layout.batch, none, strict=True)}, np.zeros(2, np.float32), noise.numpy())
+            backend.accumulate(
+                {b.name: x.numpy() for b, x in zip(layout.batch, none, strict=True)},
+                np.zeros(2, np.float32),
+                noise.numpy(),
+            )
             with torch.no_grad():
                 gradient = step.privatize(total, noise)
             wanted = gradient.numpy() * float(step.expected_batch_size)
@@ -282,28 +304,41 @@ def check_ort_training(
         before = parameter.detach().numpy().copy()
         with parameters_set(step, layout, before), torch.no_grad():
             leaves, mask, noise = probes.batch(3), probes.mask(3), probes.normal(size)
-            parameter.grad = step.privatize(step.accumulate(probes.tree(leaves), mask, torch.zeros(size)), noise).clone()
+            parameter.grad = step.privatize(
+                step.accumulate(probes.tree(leaves), mask, torch.zeros(size)), noise
+            ).clone()
         reference.step()
         backend.begin()
-        backend.accumulate({b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), noise.numpy())
+        backend.accumulate(
+            {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), noise.numpy()
+        )
         old = backend.flat()
         backend.update(np.zeros(size, np.float32), optimizer.lr)
         want = parameter.detach().numpy() - before
         room = 4e-7 * float(np.linalg.norm(before))
-        error = max(0.0, float(np.linalg.norm((backend.flat() - old) - want)) - room) / max(float(np.linalg.norm(want)), 1e-30)
+        error = max(0.0, float(np.linalg.norm((backend.flat() - old) - want)) - room) / max(
+            float(np.linalg.norm(want)), 1e-30
+        )
         # Adam divides tiny gradients by themselves: an update is less exact than its gradient.
         require(error, 100 * tolerance, "the update of the parameters")
     check_eval(step, folder, manifest, layout, probes, eval_output)
 
 
 def check_eval(
-    step: Any, folder: Path, manifest: dict[str, Any], layout: Layout, probes: Probes, eval_output: Callable[[Any, Any], Any] | None
+    step: Any,
+    folder: Path,
+    manifest: dict[str, Any],
+    layout: Layout,
+    probes: Probes,
+    eval_output: Callable[[Any, Any], Any] | None,
 ) -> None:
     """eval_model.onnx against the user's model, for two batch sizes and moved parameters."""
     from dpbitfit_fx.ort_export import EvalModule, loss_function
 
     session = make_session(folder / "eval_model.onnx")
-    module = EvalModule(step, layout, eval_output, (lambda m, b: None) if eval_output is not None else loss_function(step))
+    module = EvalModule(
+        step, layout, eval_output, (lambda m, b: None) if eval_output is not None else loss_function(step)
+    )
     theta = _steps_of(step, layout, probes)[1]
     values = {p.onnx_name: theta[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}
     present = {i.name for i in session.get_inputs()}
@@ -316,4 +351,6 @@ def check_eval(
         feed.update({"sample_mask": m.numpy() for m in mask})
         got = session.run(None, {k: v for k, v in feed.items() if k in present})
         for a, b in zip(got, want, strict=True):
-            require(relative_error(np.asarray(a), b.numpy()), 1e-4, f"an output of eval_model.onnx on a batch of {rows}")
+            require(
+                relative_error(np.asarray(a), b.numpy()), 1e-4, f"an output of eval_model.onnx on a batch of {rows}"
+            )

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpbitfit_fx.biases import frozen_weights_fingerprint, model_fingerprint
 from dpbitfit_fx.errors import ArtifactError, ExportError
@@ -47,9 +48,27 @@ RANDOM_OPS: Final = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"]
 )
 _RESERVED: Final = frozenset(
-    ["sample_mask", "accumulator", "accumulator_out", "noise", "theta", "m", "v", "t", "learning_rate", "lazy_reset_grad", "step"]
+    [
+        "sample_mask",
+        "accumulator",
+        "accumulator_out",
+        "noise",
+        "theta",
+        "m",
+        "v",
+        "t",
+        "learning_rate",
+        "lazy_reset_grad",
+        "step",
+    ]
 )
-_DTYPES: Final = {torch.float32: "float32", torch.int64: "int64", torch.bool: "bool", torch.int32: "int32", torch.uint8: "uint8"}
+_DTYPES: Final = {
+    torch.float32: "float32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +96,16 @@ def resolve_optimizer(optimizer: str | Optimizer) -> Optimizer:
     if isinstance(optimizer, str):
         named: dict[str, Optimizer] = {"adamw": AdamW(), "adam": AdamW(), "sgd": SGD()}
         if optimizer.lower() not in named:
-            raise ExportError(f"optimizer={optimizer!r} cannot be exported. Use 'adamw' or 'sgd', or AdamW(lr=...) or SGD(lr=...).")
+            raise ExportError(
+                f"optimizer={optimizer!r} cannot be exported. Use 'adamw' or 'sgd', or AdamW(lr=...) or SGD(lr=...)."
+            )
         return named[optimizer.lower()]
-    numbers = [optimizer.lr] + ([*optimizer.betas, optimizer.eps, optimizer.weight_decay] if isinstance(optimizer, AdamW) else [])
-    if not all(math.isfinite(x) and x >= 0 for x in numbers) or (isinstance(optimizer, AdamW) and max(optimizer.betas) >= 1):
+    numbers = [optimizer.lr] + (
+        [*optimizer.betas, optimizer.eps, optimizer.weight_decay] if isinstance(optimizer, AdamW) else []
+    )
+    if not all(math.isfinite(x) and x >= 0 for x in numbers) or (
+        isinstance(optimizer, AdamW) and max(optimizer.betas) >= 1
+    ):
         raise ExportError(f"{optimizer} has a setting that is negative, not finite, or a beta of 1 or more.")
     return optimizer
 
@@ -149,7 +174,9 @@ def layout_of(step: Any) -> Layout:
     batch = []
     for path, leaf in zip(leaf_names(step.example_batch), leaves, strict=True):
         if leaf.dtype not in _DTYPES:
-            raise ExportError(f"The batch entry {path!r} is {leaf.dtype}; exported graphs take float32, int64, int32, uint8 or bool.")
+            raise ExportError(
+                f"The batch entry {path!r} is {leaf.dtype}; exported graphs take float32, int64, int32, uint8 or bool."
+            )
         batch.append(BatchInput(safe_name(path, taken, "batch"), path, tuple(leaf.shape[1:]), _DTYPES[leaf.dtype]))
     return Layout(tuple(parameters), tuple(batch))
 
@@ -160,7 +187,9 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
         sigma = noise_multiplier if noise_multiplier is not None else step.noise_multiplier
         expected = expected_batch_size if expected_batch_size is not None else step.expected_batch_size
         if sigma is None or expected is None:
-            raise ExportError("Give both noise_multiplier and expected_batch_size: a private step needs its noise and its denominator.")
+            raise ExportError(
+                "Give both noise_multiplier and expected_batch_size: a private step needs its noise and its denominator."
+            )
         step = step.with_noise(float(sigma), float(expected))
     if step.noise_multiplier is None or step.expected_batch_size is None:
         raise ExportError(
@@ -184,7 +213,8 @@ def example_rows(batch: Any, rows: int) -> list[torch.Tensor]:
 def flat_parameters(step: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The current values of the trainables, flat, in the step's order: float32[D]."""
     named = dict(step.model.named_parameters(remove_duplicate=False))
-    return torch.cat([named[n].detach().reshape(-1).float().cpu() for n in step.trainable_names]).numpy().copy()
+    flat = torch.cat([named[n].detach().reshape(-1).float().cpu() for n in step.trainable_names])
+    return np.array(flat.numpy(), dtype=np.float32)
 
 
 # -- torch -> ONNX ----------------------------------------------------------------------------------------------------
@@ -207,7 +237,12 @@ def _quiet() -> Iterator[None]:
 
 
 def to_onnx(
-    module: torch.nn.Module, args: Sequence[torch.Tensor], names: Sequence[str], batched: Sequence[bool], outputs: Sequence[str], what: str
+    module: torch.nn.Module,
+    args: Sequence[torch.Tensor],
+    names: Sequence[str],
+    batched: Sequence[bool],
+    outputs: Sequence[str],
+    what: str,
 ) -> ir.Model:
     """``module(*args)`` as an ONNX model (opset 18, IR 10) whose inputs and outputs carry the given names.
 
@@ -225,9 +260,9 @@ def to_onnx(
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     dynamic = tuple({0: batch} if b else None for b in batched)
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(module.eval(), tuple(args), dynamic_shapes=_var_dynamic(module, dynamic), strict=False)
-            program = program.run_decompositions()
+        # The fused attention kernels have layouts that a free batch size cannot follow; math form exports everywhere.
+        with torch.no_grad(), _quiet(), sdpa_kernel(SDPBackend.MATH):
+            program = torch.export.export(module.eval(), tuple(args), dynamic_shapes=(dynamic,), strict=False)
             exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
     except ExportError:
         raise
@@ -241,14 +276,11 @@ def to_onnx(
     model = exported.model
     clean(model)
     if len(model.graph.inputs) != len(names) or len(model.graph.outputs) != len(outputs):
-        raise ExportError(f"{what} lost an input or an output on its way to ONNX ({len(model.graph.inputs)} of {len(names)} inputs left).")
+        raise ExportError(
+            f"{what} lost an input or an output on its way to ONNX ({len(model.graph.inputs)} of {len(names)} inputs left)."
+        )
     rename(model, {v: n for v, n in zip([*model.graph.inputs, *model.graph.outputs], [*names, *outputs], strict=True)})
     return model
-
-
-def _var_dynamic(module: torch.nn.Module, dynamic: tuple[Any, ...]) -> Any:
-    # `forward(*args)` takes its specification as one nested tuple.
-    return (dynamic,)
 
 
 def clean(model: ir.Model) -> None:
@@ -289,10 +321,10 @@ def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> None:
     import onnx_ir as ir
 
     for value in list(model.graph.inputs):
-        if value.name in tensors:
+        if str(value.name) in tensors:
             model.graph.inputs.remove(value)
             if value.uses():
-                array = tensors[value.name].detach().contiguous().cpu().numpy()
+                array = tensors[str(value.name)].detach().contiguous().cpu().numpy()
                 value.const_value = ir.tensor(array, name=value.name)
                 model.graph.register_initializer(value)
 
@@ -338,7 +370,9 @@ def export_core(step: Any, layout: Layout) -> Core:
             names.append("accumulator")
             args.append(torch.zeros(layout.num_trainable))
         else:
-            raise ExportError(f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an export.")
+            raise ExportError(
+                f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an export."
+            )
         batched.append(dynamic)
     lowered = Lowered(joint.module)
     with torch.no_grad():
@@ -364,7 +398,9 @@ class UpdateStep(torch.nn.Module):
         super().__init__()
         for entry in joint.inputs:
             if entry.role not in (Role.ACCUMULATOR, Role.NOISE):
-                raise ExportError(f"The update half of the step takes an input of role {entry.role.value}, which has no place in an export.")
+                raise ExportError(
+                    f"The update half of the step takes an input of role {entry.role.value}, which has no place in an export."
+                )
         self.order = [entry.role for entry in joint.inputs]
         self.sealed = Lowered(joint.module)
         self.optimizer = optimizer
@@ -414,7 +450,9 @@ def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Valu
     return value
 
 
-def split_flat(model: ir.Model, flat: ir.Value, layout: Layout, names: Sequence[str], prefix: str) -> tuple[list[ir.Node], list[ir.Value]]:
+def split_flat(
+    model: ir.Model, flat: ir.Value, layout: Layout, names: Sequence[str], prefix: str
+) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes that cut ``flat[D]`` into one tensor per parameter, shaped and named."""
     import onnx_ir as ir
 
@@ -509,7 +547,12 @@ def _public_fields(value: Any) -> dict[str, Any]:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else {}
 
 
-def write_folder(path: str | os.PathLike[str], overwrite: bool, build: Callable[[Path], dict[str, Any]], check: Callable[[Path], None]) -> Path:
+def write_folder(
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    build: Callable[[Path], dict[str, Any]],
+    check: Callable[[Path], None],
+) -> Path:
     """Build in a folder beside ``path``, check there, then move into place: a failed export leaves what was there.
 
     Raises:
@@ -518,9 +561,13 @@ def write_folder(path: str | os.PathLike[str], overwrite: bool, build: Callable[
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
-            raise ArtifactError(f"{os.fspath(path)!r} exists and is not an empty folder. Choose another path, or pass overwrite=True.")
+            raise ArtifactError(
+                f"{os.fspath(path)!r} exists and is not an empty folder. Choose another path, or pass overwrite=True."
+            )
         if not (target / "manifest.json").is_file():
-            raise ArtifactError(f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be overwritten.")
+            raise ArtifactError(
+                f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be overwritten."
+            )
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

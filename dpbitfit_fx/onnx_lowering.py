@@ -73,13 +73,17 @@ class _Interpreter(fx.Interpreter):
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attention_weights(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, float]:
+def _attention_weights(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, float]:
     """softmax(q kᵀ scale + mask), the scores, and the scale. A row with every key masked has weights 0, as the CPU kernel."""
     factor = float(scale) if scale is not None else q.shape[-1] ** -0.5
     scores = torch.matmul(q, k.transpose(-2, -1)) * factor
     if causal:
         allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        shut = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
+        shut = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device).masked_fill(
+            ~allowed, float("-inf")
+        )
         mask = shut if mask is None else mask + shut
     if mask is None:
         return torch.softmax(scores, -1), scores, factor
@@ -91,7 +95,9 @@ def _attention_weights(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, 
 
 def _no_dropout(p: float) -> None:
     if p:
-        raise ExportError("The private graph holds attention with dropout. Put the model in eval() or set dropout to 0, and compile again.")
+        raise ExportError(
+            "The private graph holds attention with dropout. Put the model in eval() or set dropout to 0, and compile again."
+        )
 
 
 def _flash(
@@ -136,10 +142,18 @@ def _convolution_backward(
         extra = [0] * spatial
         if not transposed:
             extra = [
-                x.shape[2 + i] - ((grad_out.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+                x.shape[2 + i]
+                - (
+                    (grad_out.shape[2 + i] - 1) * stride[i]
+                    - 2 * padding[i]
+                    + dilation[i] * (weight.shape[2 + i] - 1)
+                    + 1
+                )
                 for i in range(spatial)
             ]
-        grad_x = aten.convolution.default(grad_out, weight, None, stride, padding, dilation, not transposed, extra, groups)
+        grad_x = aten.convolution.default(
+            grad_out, weight, None, stride, padding, dilation, not transposed, extra, groups
+        )
     if output_mask[2]:
         grad_bias = grad_out.sum([0, *range(2, grad_out.dim())])
     return grad_x, None, grad_bias
@@ -153,7 +167,9 @@ def _per_axis(value: int | Sequence[int], spatial: int) -> list[int]:
 # -- pooling and resizing: linear and separable -----------------------------------------------------------------------
 
 
-def _separable_backward(run: _Interpreter, grad_out: Tensor, sizes: Sequence[int], forward: Callable[[int, Tensor], Tensor]) -> Tensor:
+def _separable_backward(
+    run: _Interpreter, grad_out: Tensor, sizes: Sequence[int], forward: Callable[[int, Tensor], Tensor]
+) -> Tensor:
     """Undo a separable linear map over the last axes: along axis i, ``forward(i, x)`` maps ``[N, sizes[i]]`` to ``[N, out]``."""
     result, first = grad_out, grad_out.dim() - len(sizes)
     for i, size in enumerate(sizes):
@@ -183,7 +199,13 @@ def _avg_pool_backward(spatial: int) -> Callable[..., Tensor]:
         def forward(i: int, eye: Tensor) -> Tensor:
             divisor = None if divisor_override is None else 1
             pooled: Tensor = aten.avg_pool2d.default(
-                eye[:, None, :, None], [kernel[i], 1], [stride[i], 1], [padding[i], 0], ceil_mode, count_include_pad, divisor
+                eye[:, None, :, None],
+                [kernel[i], 1],
+                [stride[i], 1],
+                [padding[i], 0],
+                ceil_mode,
+                count_include_pad,
+                divisor,
             )
             return pooled[:, 0, :, 0]
 
@@ -206,7 +228,13 @@ def _adaptive_avg_pool_backward(spatial: int) -> Callable[..., Tensor]:
 
 
 def _nearest_backward(spatial: int, op: Any) -> Callable[..., Tensor]:
-    def lower(run: _Interpreter, grad_out: Tensor, output_size: Sequence[int], input_size: Sequence[int], *scales: float | None) -> Tensor:
+    def lower(
+        run: _Interpreter,
+        grad_out: Tensor,
+        output_size: Sequence[int],
+        input_size: Sequence[int],
+        *scales: float | None,
+    ) -> Tensor:
         def forward(i: int, eye: Tensor) -> Tensor:
             scale = scales[i] if i < len(scales) else None
             resized: Tensor = op(eye[:, None, :], [int(output_size[i])], scale)
@@ -233,7 +261,9 @@ def _linear_backward(spatial: int, op: Any) -> Callable[..., Tensor]:
     return lower
 
 
-def _unfold_backward(_: _Interpreter, grad_in: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+def _unfold_backward(
+    _: _Interpreter, grad_in: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int
+) -> Tensor:
     """Overlapping windows of one axis, put back by a sum over the window's positions: a one-hot matrix product."""
     dim = dim % len(input_sizes)
     length = int(input_sizes[dim])
@@ -251,7 +281,19 @@ def _reshape(_: _Interpreter, x: Tensor, size: Sequence[int]) -> Tensor:
     return x.reshape(list(size))
 
 
+def _silu_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return grad_out * gate * (1 + x * (1 - gate))
+
+
+def _mish_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
+    inner = torch.tanh(torch.nn.functional.softplus(x))
+    return grad_out * (inner + x * (1 - inner * inner) * torch.sigmoid(x))
+
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
+    aten.silu_backward.default: _silu_backward,
+    aten.mish_backward.default: _mish_backward,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash,

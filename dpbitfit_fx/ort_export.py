@@ -141,7 +141,11 @@ def optimizer_model(optimizer: Optimizer, count: int, expected_batch_size: float
             )
         )
     else:
-        nodes.append(helper.make_node("SGDOptimizerV2", ["learning_rate", "params", "mean_gradients"], ["updated_flag"], domain=MICROSOFT))
+        nodes.append(
+            helper.make_node(
+                "SGDOptimizerV2", ["learning_rate", "params", "mean_gradients"], ["updated_flag"], domain=MICROSOFT
+            )
+        )
     output = helper.make_tensor_value_info("updated_flag", TensorProto.BOOL, [1])
     graph = helper.make_graph(nodes, "optimizer", inputs, [output], constants)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -154,7 +158,9 @@ def optimizer_model(optimizer: Optimizer, count: int, expected_batch_size: float
 class EvalModule(torch.nn.Module):
     """``outputs(model, batch)`` with the trainables as inputs; without ``outputs``, the mean loss over unmasked rows."""
 
-    def __init__(self, step: Any, layout: Layout, outputs: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any]) -> None:
+    def __init__(
+        self, step: Any, layout: Layout, outputs: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any]
+    ) -> None:
         super().__init__()
         self.model = step.model
         self.names = [p.name for p in layout.parameters]
@@ -163,9 +169,17 @@ class EvalModule(torch.nn.Module):
 
     def forward(self, *args: torch.Tensor) -> Any:
         if self.outputs is not None:
-            return _call(self.model, self.outputs, tree_unflatten(list(args[: -len(self.names)]), self.spec), self.names, args[-len(self.names) :])
+            return _call(
+                self.model,
+                self.outputs,
+                tree_unflatten(list(args[: -len(self.names)]), self.spec),
+                self.names,
+                args[-len(self.names) :],
+            )
         *leaves, mask = args[: -len(self.names)]
-        losses = _call(self.model, self.loss_fn, tree_unflatten(leaves, self.spec), self.names, args[-len(self.names) :])
+        losses = _call(
+            self.model, self.loss_fn, tree_unflatten(leaves, self.spec), self.names, args[-len(self.names) :]
+        )
         if losses.dim() == 0:
             return losses
         kept = torch.where(mask > 0, losses, torch.zeros_like(losses))
@@ -181,7 +195,13 @@ class _Holder(torch.nn.Module):
         return self.fn(self.held, batch)
 
 
-def _call(model: torch.nn.Module, fn: Callable[[Any, Any], Any], batch: Any, names: list[str], values: tuple[torch.Tensor, ...]) -> Any:
+def _call(
+    model: torch.nn.Module,
+    fn: Callable[[Any, Any], Any],
+    batch: Any,
+    names: list[str],
+    values: tuple[torch.Tensor, ...],
+) -> Any:
     given = {f"held.{n}": v for n, v in zip(names, values, strict=True)}
     return torch.func.functional_call(_Holder(model, fn), given, (batch,), tie_weights=True)
 
@@ -214,7 +234,9 @@ def loss_function(step: Any) -> Callable[[Any, Any], Any]:
         found = getattr(holder, "loss_fn", None)
         if found is not None:
             return found  # type: ignore[no-any-return]
-    raise ExportError("This step does not know its loss function any more. Give eval_output=lambda model, batch: ... to export an evaluation model.")
+    raise ExportError(
+        "This step does not know its loss function any more. Give eval_output=lambda model, batch: ... to export an evaluation model."
+    )
 
 
 def save_checkpoint(step: Any, layout: Layout, path: Path) -> None:
@@ -232,7 +254,9 @@ def save_checkpoint(step: Any, layout: Layout, path: Path) -> None:
         ) from error
     flat = flat_parameters(step)
     tensors = [
-        numpy_helper.from_array(flat[p.offset : p.offset + p.numel].reshape(p.shape), name=p.onnx_name).SerializeToString()
+        numpy_helper.from_array(
+            flat[p.offset : p.offset + p.numel].reshape(p.shape), name=p.onnx_name
+        ).SerializeToString()
         for p in layout.parameters
     ]
     write(tensors, [], os.fspath(path), False)
@@ -288,14 +312,26 @@ def export_ort_training(
         save_model(model, folder, "training_model.onnx")
         evaluation, outputs = eval_model(step, layout, eval_output)
         save_model(evaluation, folder, "eval_model.onnx")
-        onnx.save(optimizer_model(chosen, len(layout.parameters), float(step.expected_batch_size)), folder / "optimizer_model.onnx")
+        onnx.save(
+            optimizer_model(chosen, len(layout.parameters), float(step.expected_batch_size)),
+            folder / "optimizer_model.onnx",
+        )
         save_checkpoint(step, layout, folder / "checkpoint")
         save_initial(step, layout, folder / "initial.safetensors")
-        extra = {"eval_outputs": outputs, "eval_takes_mask": eval_output is None, "eval_outputs_are_private": eval_output is None}
+        extra = {
+            "eval_outputs": outputs,
+            "eval_takes_mask": eval_output is None,
+            "eval_outputs_are_private": eval_output is None,
+        }
         plan = plan_metadata(sample_rate, dataset_size, steps, target_delta)
         return manifest_of(step, layout, chosen, "ort_training", plan, extra)
 
-    return write_folder(path, overwrite, build, lambda folder: check_ort_training(step, folder, tolerance=tolerance, eval_output=eval_output))
+    return write_folder(
+        path,
+        overwrite,
+        build,
+        lambda folder: check_ort_training(step, folder, tolerance=tolerance, eval_output=eval_output),
+    )
 
 
 __all__ = ["SGD", "AdamW", "export_ort_training"]

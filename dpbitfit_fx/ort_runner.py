@@ -86,12 +86,16 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
     except ValueError:
         raise ArtifactError(f"{os.fspath(folder)!r} has a damaged manifest.json. Export again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{os.fspath(folder)!r} is not an export that this version of dpbitfit_fx can read. Export again.")
+        raise ArtifactError(
+            f"{os.fspath(folder)!r} is not an export that this version of dpbitfit_fx can read. Export again."
+        )
     if verify:
         for name, digest in manifest["files"].items():
             path = root / name
             if not path.is_file():
-                raise ArtifactError(f"The export {os.fspath(folder)!r} lacks {name!r}. Copy the whole folder, or export again.")
+                raise ArtifactError(
+                    f"The export {os.fspath(folder)!r} lacks {name!r}. Copy the whole folder, or export again."
+                )
             if _sha256(path) != digest:
                 raise ArtifactError(
                     f"{name!r} in {os.fspath(folder)!r} was changed after the export, so it is no longer the graph that was proved private "
@@ -139,7 +143,10 @@ class OrtTrainingBackend:
         options.log_severity_level = 3
         self.state = api.CheckpointState.load_checkpoint(str(checkpoint))
         self.module = api.Module(
-            str(self.folder / "training_model.onnx"), self.state, str(self.folder / "eval_model.onnx"), session_options=options
+            str(self.folder / "training_model.onnx"),
+            self.state,
+            str(self.folder / "eval_model.onnx"),
+            session_options=options,
         )
         self.optimizer = api.Optimizer(str(self.folder / "optimizer_model.onnx"), self.module)
         self.module.train()
@@ -158,10 +165,14 @@ class OrtTrainingBackend:
         self.optimizer.step()
 
     def gradient_buffers(self) -> Array:
-        return np.concatenate([np.asarray(self.state.parameters[p["onnx_name"]].grad, np.float32).ravel() for p in self.parameters])
+        return np.concatenate(
+            [np.asarray(self.state.parameters[p["onnx_name"]].grad, np.float32).ravel() for p in self.parameters]
+        )
 
     def flat(self) -> Array:
-        return np.concatenate([np.asarray(self.state.parameters[p["onnx_name"]].data, np.float32).ravel() for p in self.parameters])
+        return np.concatenate(
+            [np.asarray(self.state.parameters[p["onnx_name"]].data, np.float32).ravel() for p in self.parameters]
+        )
 
     def set_flat(self, flat: Array) -> None:
         for p in self.parameters:
@@ -169,7 +180,9 @@ class OrtTrainingBackend:
             self.state.parameters[p["onnx_name"]] = piece.reshape(p["shape"])
 
     def save(self, folder: Path) -> None:
-        training_api().CheckpointState.save_checkpoint(self.state, str(folder / "state.ckpt"), include_optimizer_state=True)
+        training_api().CheckpointState.save_checkpoint(
+            self.state, str(folder / "state.ckpt"), include_optimizer_state=True
+        )
 
     def load(self, folder: Path) -> None:
         self._open(folder / "state.ckpt")
@@ -217,7 +230,7 @@ class PlainBackend:
         return self.accumulator
 
     def flat(self) -> Array:
-        return self.state["theta"].copy()
+        return np.array(self.state["theta"], np.float32)
 
     def set_flat(self, flat: Array) -> None:
         self.state["theta"] = np.ascontiguousarray(flat, np.float32)
@@ -234,7 +247,9 @@ class PlainBackend:
         self.state = {k: loaded[k] for k in self.state}
 
 
-def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None) -> OrtTrainingBackend | PlainBackend:
+def load_artifacts(
+    folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None
+) -> OrtTrainingBackend | PlainBackend:
     """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's.
 
     Raises:
@@ -263,7 +278,10 @@ class Records:
     """
 
     def __init__(
-        self, manifest: Mapping[str, Any], data: Mapping[str, Any] | Sequence[Mapping[str, Any]], pad_values: Mapping[str, float] | None = None
+        self,
+        manifest: Mapping[str, Any],
+        data: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        pad_values: Mapping[str, float] | None = None,
     ) -> None:
         self.inputs = manifest["batch_inputs"]
         self.pad_values = dict(pad_values or {})
@@ -271,7 +289,9 @@ class Records:
         if isinstance(data, Mapping):
             sizes = {len(self._column(data, i, None)) for i in self.inputs}
             if len(sizes) != 1:
-                raise DataError("The entries of the data set have different numbers of records. Each must hold one row per record.")
+                raise DataError(
+                    "The entries of the data set have different numbers of records. Each must hold one row per record."
+                )
             self.size = sizes.pop()
         else:
             self.size = len(data)
@@ -294,12 +314,21 @@ class Records:
         try:
             value = np.asarray(column if single else column[row])
         except (ValueError, TypeError, IndexError):
-            raise DataError(f"Row {row} of the data set: {entry['path']!r} is not a regular array of numbers.") from None
+            raise DataError(
+                f"Row {row} of the data set: {entry['path']!r} is not a regular array of numbers."
+            ) from None
         wanted, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
         if value.dtype.kind not in "biuf" or (value.dtype.kind == "f" and dtype.kind != "f"):
-            raise DataError(f"Row {row} of the data set: {entry['path']!r} has type {value.dtype}; the artifacts take {dtype}.")
+            raise DataError(
+                f"Row {row} of the data set: {entry['path']!r} has type {value.dtype}; the artifacts take {dtype}."
+            )
         if value.shape != wanted:
-            if value.ndim != len(wanted) or value.ndim == 0 or value.shape[1:] != wanted[1:] or value.shape[0] > wanted[0]:
+            if (
+                value.ndim != len(wanted)
+                or value.ndim == 0
+                or value.shape[1:] != wanted[1:]
+                or value.shape[0] > wanted[0]
+            ):
                 raise DataError(
                     f"Row {row} of the data set: {entry['path']!r} has shape {value.shape}; the artifacts take {wanted}, or a shorter first "
                     "axis, which is padded. Cut longer records yourself, or export with a longer example batch."
@@ -410,7 +439,9 @@ class OrtTrainer:
 
         check_target_delta(self.plan.target_delta, size)
         self.insecure = insecure_seed_for_tests is not None
-        self.key = SecretKey() if insecure_seed_for_tests is None else SecretKey.insecure_for_tests(insecure_seed_for_tests)
+        self.key = (
+            SecretKey() if insecure_seed_for_tests is None else SecretKey.insecure_for_tests(insecure_seed_for_tests)
+        )
         self.backend = load_artifacts(self.folder, self.manifest)
         self.step = 0
         self.size = int(self.manifest["num_trainable"])
@@ -420,7 +451,9 @@ class OrtTrainer:
         left = self.plan.sampler.steps - self.step
         wanted = left if steps is None else steps
         if wanted > left:
-            raise PrivacyError(f"The plan has {left} steps left; {wanted} were asked for. The budget was computed for the plan: make a new one.")
+            raise PrivacyError(
+                f"The plan has {left} steps left; {wanted} were asked for. The budget was computed for the plan: make a new one."
+            )
         for _ in range(wanted):
             self.logical_step()
             if callback is not None:
@@ -445,7 +478,10 @@ class OrtTrainer:
     def biases(self) -> dict[str, Array]:
         """The trained parameters by their torch names."""
         flat = self.backend.flat()
-        return {p["name"]: flat[p["offset"] : p["offset"] + p["numel"]].reshape(p["shape"]).copy() for p in self.manifest["parameters"]}
+        return {
+            p["name"]: flat[p["offset"] : p["offset"] + p["numel"]].reshape(p["shape"]).copy()
+            for p in self.manifest["parameters"]
+        }
 
     def statement(self) -> PrivacyStatement:
         """The privacy statement of the steps taken so far."""
@@ -517,7 +553,10 @@ class OrtTrainer:
         part.mkdir(exist_ok=True)
         self.backend.save(part)
         self.key.save(part / "key.json")
-        about = {**self._about(), "state_files": {f.name: _sha256(f) for f in sorted(part.iterdir()) if f.name.startswith("state")}}
+        about = {
+            **self._about(),
+            "state_files": {f.name: _sha256(f) for f in sorted(part.iterdir()) if f.name.startswith("state")},
+        }
         atomic_write_text(part / "about.json", json.dumps(about) + "\n", mode=0o600)
         atomic_write_text(root / "latest.json", json.dumps({"latest": name}) + "\n", mode=0o600)
         for old in root.glob("step-*"):
@@ -540,9 +579,13 @@ class OrtTrainer:
             key = SecretKey.load(part / "key.json")
             damaged = any(_sha256(part / n) != d for n, d in about["state_files"].items())
         except (ArtifactError, ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{os.fspath(path)!r} is not a checkpoint that can be resumed from: {type(error).__name__}.") from error
+            raise CheckpointError(
+                f"{os.fspath(path)!r} is not a checkpoint that can be resumed from: {type(error).__name__}."
+            ) from error
         if damaged or about.get("format") != CHECKPOINT_FORMAT:
-            raise CheckpointError(f"The checkpoint {os.fspath(path)!r} is damaged or of another version; nothing was changed.")
+            raise CheckpointError(
+                f"The checkpoint {os.fspath(path)!r} is damaged or of another version; nothing was changed."
+            )
         own, self.key = self.key, key
         expected = {**self._about(), "step": about["step"]}
         changed = [k for k in expected if expected[k] != about.get(k)]
@@ -582,7 +625,12 @@ def main() -> None:
             with np.load(data, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             trainer = OrtTrainer(
-                artifacts, arrays, steps=steps, target_delta=delta, learning_rate=learning_rate, physical_batch_size=physical_batch_size
+                artifacts,
+                arrays,
+                steps=steps,
+                target_delta=delta,
+                learning_rate=learning_rate,
+                physical_batch_size=physical_batch_size,
             )
             if checkpoint is not None and (checkpoint / "latest.json").is_file():
                 console.print(f"Resumed at step {trainer.resume(checkpoint)}.")

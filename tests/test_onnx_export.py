@@ -1,0 +1,186 @@
+"""What the plain ONNX pair and every export promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+import onnx  # noqa: E402
+from onnx import numpy_helper  # noqa: E402
+from onnx_cases import compiled, flat  # noqa: E402
+
+from dpbitfit_fx.errors import ArtifactError, ExportError  # noqa: E402
+from dpbitfit_fx.onnx_check import check_onnx  # noqa: E402
+from dpbitfit_fx.onnx_export import RANDOM_OPS, AdamW, export_onnx, resolve_optimizer  # noqa: E402
+from dpbitfit_fx.onnx_lowering import Lowered  # noqa: E402
+from dpbitfit_fx.ort_runner import read_manifest  # noqa: E402
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    step, data = compiled("mlp")
+    return step, data, export_onnx(step, tmp_path_factory.mktemp("plain") / "out", optimizer=AdamW(lr=0.01))
+
+
+def test_one_file_takes_batches_of_1_3_and_8_and_equals_the_pytorch_step(plain: tuple[Any, Any, Path]) -> None:
+    step, data, folder = plain
+    session = ort.InferenceSession(str(folder / "grad_step.onnx"), providers=["CPUExecutionProvider"])
+    for rows in (1, 3, 8):
+        batch = {k: v[:rows] for k, v in data.items()}
+        mask, start = torch.ones(rows), torch.linspace(-1, 1, step.num_trainable)
+        want = step.accumulate(batch, mask, start).numpy()
+        feed = {k: v.numpy() for k, v in batch.items()}
+        (got,) = session.run(
+            None, {**feed, "sample_mask": mask.numpy(), "theta": flat(step), "accumulator": start.numpy()}
+        )
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+
+def test_exported_graphs_draw_no_random_numbers_and_are_plain_opset_18(plain: tuple[Any, Any, Path]) -> None:
+    for name in ("grad_step.onnx", "update_step.onnx"):
+        model = onnx.load(plain[2] / name)
+        assert not RANDOM_OPS & {n.op_type for n in model.graph.node}
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+        assert model.ir_version == 10
+        assert not any(n.metadata_props for n in model.graph.node)
+
+
+def test_a_graph_edited_after_the_export_fails_the_numeric_check(plain: tuple[Any, Any, Path]) -> None:
+    step, _data, folder = plain
+    path = folder / "update_step.onnx"
+    original = path.read_bytes()
+    try:
+        for old, new in ((0.8, 0.4), (6.0, 3.0), (-1.0, 0.0)):
+            model = onnx.load_from_string(original)
+            changed = 0
+            for tensor in model.graph.initializer:
+                value = numpy_helper.to_array(tensor)
+                if value.size == 1 and value.dtype.kind == "f" and abs(float(value.ravel()[0]) - old) < 1e-6:
+                    tensor.CopyFrom(numpy_helper.from_array(np.full_like(value, new), tensor.name))
+                    changed += 1
+            if not changed:
+                continue
+            path.write_bytes(model.SerializeToString())
+            with pytest.raises(ExportError, match="does not compute"):
+                check_onnx(step, folder)
+        gradient = folder / "grad_step.onnx"
+        kept = gradient.read_bytes()
+        model = onnx.load_from_string(kept)
+        last = next(n for n in model.graph.node if "accumulator_out" in n.output)
+        assert last.op_type == "Add"
+        last.op_type = "Sub"
+        gradient.write_bytes(model.SerializeToString())
+        with pytest.raises(ExportError, match="clipped sum"):
+            check_onnx(step, folder)
+        with pytest.raises(ArtifactError, match="changed after the export"):
+            read_manifest(folder)
+        gradient.write_bytes(kept)
+    finally:
+        path.write_bytes(original)
+    check_onnx(step, folder)
+
+
+def test_a_step_without_noise_is_not_exported(tmp_path: Path) -> None:
+    step, _ = compiled("mlp", noise_multiplier=None, expected_batch_size=None)
+    with pytest.raises(ExportError, match="adds no noise"):
+        export_onnx(step, tmp_path / "out")
+    with pytest.raises(ExportError, match="Give both"):
+        export_onnx(step, tmp_path / "out", noise_multiplier=1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_an_export_is_never_overwritten(plain: tuple[Any, Any, Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ArtifactError):
+            export_onnx(plain[0], tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_manifest_lists_public_facts_only(plain: tuple[Any, Any, Path]) -> None:
+    manifest = json.loads((plain[2] / "manifest.json").read_text())
+    assert manifest["graph_hash"] == plain[0].graph_hash
+    assert [p["name"] for p in manifest["parameters"]] == list(plain[0].trainable_names)
+    assert manifest["noise_multiplier"] == 0.8 and manifest["expected_batch_size"] == 6.0
+    assert [b["path"] for b in manifest["batch_inputs"]] == ["x", "y"]
+
+
+def test_unknown_optimizers_and_impossible_settings_are_refused() -> None:
+    for bad in ("lamb", AdamW(lr=-1.0), AdamW(betas=(0.9, 1.0))):
+        with pytest.raises(ExportError):
+            resolve_optimizer(bad)
+
+
+def _one_op(op: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """op(*args) by its kernel and by its lowering."""
+    graph = torch.fx.Graph()
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    holes = iter([graph.placeholder(f"x{i}") for i in range(len(tensors))])
+    graph.output(graph.call_function(op, tuple(next(holes) if isinstance(a, torch.Tensor) else a for a in args)))
+    lowered = Lowered(torch.fx.GraphModule(torch.nn.Module(), graph))
+    want, got = op(*args), lowered(*tensors)
+    return (want, got) if isinstance(want, torch.Tensor) else (want[0], got[0])
+
+
+def test_lowered_backward_passes_equal_their_kernels() -> None:
+    torch.manual_seed(0)
+
+    def r(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape)
+
+    cases: list[tuple[Any, ...]] = [
+        (aten._adaptive_avg_pool2d_backward.default, r(2, 3, 3, 2), r(2, 3, 7, 5)),
+        (aten.avg_pool2d_backward.default, r(2, 3, 4, 3), r(2, 3, 8, 6), [3, 2], [2, 2], [1, 0], False, True, None),
+        (aten.avg_pool2d_backward.default, r(2, 3, 4, 3), r(2, 3, 7, 5), [2, 2], [], [0, 0], True, False, None),
+        (aten.avg_pool2d_backward.default, r(2, 3, 4, 3), r(2, 3, 8, 6), [2, 2], [], [0, 0], False, True, 3),
+        (aten.upsample_nearest2d_backward.default, r(2, 3, 8, 9), [8, 9], [2, 3, 4, 5], None, None),
+        (aten.upsample_bilinear2d_backward.default, r(2, 3, 8, 9), [8, 9], [2, 3, 4, 5], False, None, None),
+        (aten.upsample_bilinear2d_backward.default, r(2, 3, 8, 9), [8, 9], [2, 3, 4, 5], True, None, None),
+        (aten.silu_backward.default, r(4, 5), r(4, 5)),
+        (aten.mish_backward.default, r(4, 5), r(4, 5)),
+        (aten.unfold_backward.default, r(2, 4, 3), [2, 9], 1, 3, 2),
+    ]
+    only_input = [True, False, False]
+    for stride, padding, dilation, groups in (([2, 1], [1, 2], [1, 2], 1), ([2, 2], [0, 1], [2, 1], 2)):
+        x, w = r(2, 4, 9, 8), r(6, 4 // groups, 3, 3)
+        out = aten.convolution.default(x, w, None, stride, padding, dilation, False, [0, 0], groups)
+        conv = (stride, padding, dilation, False, [0, 0], groups, only_input)
+        cases.append((aten.convolution_backward.default, torch.randn_like(out), x, w, None, *conv))
+        w = r(4, 6 // groups, 3, 3)
+        out = aten.convolution.default(x, w, None, stride, padding, dilation, True, [0, 0], groups)
+        conv = (stride, padding, dilation, True, [0, 0], groups, only_input)
+        cases.append((aten.convolution_backward.default, torch.randn_like(out), x, w, None, *conv))
+    for op, *args in cases:
+        want, got = _one_op(op, *args)
+        assert got.shape == want.shape, op
+        assert float((got - want).norm() / want.norm()) < 2e-6, op
+
+
+def test_lowered_attention_equals_the_fused_kernel_even_where_every_key_is_masked() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[0, :, :, 3:] = float("-inf")
+    mask[1, :, 2] = float("-inf")
+    for causal, bias in ((False, mask), (True, None), (False, None)):
+        want, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+        graph = torch.fx.Graph()
+        holes = [graph.placeholder(n) for n in ("q", "k", "v", "mask")]
+        extra = {"attn_mask": holes[3] if bias is not None else None}
+        op = aten._scaled_dot_product_flash_attention_for_cpu.default
+        graph.output(graph.call_function(op, (*holes[:3], 0.0, causal), extra))
+        got = Lowered(torch.fx.GraphModule(torch.nn.Module(), graph))(q, k, v, mask)[0]
+        rows = torch.ones(2, 5, dtype=torch.bool)
+        torch.testing.assert_close(got.movedim(1, 2)[rows], want.movedim(1, 2)[rows], rtol=1e-5, atol=1e-6)
+        assert lse.shape == (2, 3, 5) or lse.numel() == 30
