@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -31,7 +30,7 @@ def _console(stderr: bool = False) -> Console:
 class _Group(typer.core.TyperGroup):
     """Turns every error of ours into one red paragraph and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DPBitFitError as error:
@@ -154,8 +153,8 @@ def train(
 
     if (labels is None) == (not labels_from_data):
         raise DataError(
-            "Declare the label set with --labels a,b,c, or take it from the data with --labels-from-data, which makes the "
-            "set itself public; one of the two."
+            "Declare the label set with --labels a,b,c, or take it from the data with --labels-from-data, which makes "
+            "the set itself public; one of the two."
         )
     lengths = parse_lengths(padded_lengths)
     patterns = _names(trainable, "--trainable")
@@ -276,8 +275,8 @@ def export(
 
             folder = export_onnx(step, output, **plan)
     _console().print(
-        f"{escape(str(folder))}: agrees with PyTorch. Training from it on the same records spends more budget; compose it "
-        f"with {escape(str(run / 'privacy.json'))}."
+        f"{escape(str(folder))}: agrees with PyTorch. Training from it on the same records spends more budget; compose "
+        f"it with {escape(str(run / 'privacy.json'))}."
     )
 
 

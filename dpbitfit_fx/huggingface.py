@@ -155,8 +155,8 @@ def load_classifier(path: str | os.PathLike[str], num_labels: int, labels: Seque
     folder = _directory(path, "model", "config.json")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise ArtifactError(
-            f"'{folder}' has no model.safetensors. Pickled weights (pytorch_model.bin) can run code when opened and are "
-            "not read; convert them with save_pretrained(..., safe_serialization=True)."
+            f"'{folder}' has no model.safetensors. Pickled weights (pytorch_model.bin) can run code when opened and "
+            "are not read; convert them with save_pretrained(..., safe_serialization=True)."
         )
     transformers = _transformers()
     try:
