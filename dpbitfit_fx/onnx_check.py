@@ -224,6 +224,12 @@ def check_update(
         results = session.run(None, {k: v for k, v in feed.items() if k in present})
         old = state["theta"]
         state = dict(zip(state, (np.asarray(r) for r in results), strict=True))
+        if isinstance(optimizer, AdamW):
+            # Adam's steps do not change when all gradients are scaled alike, so a wrong denominator shows only here.
+            moments = reference.state[parameter]
+            for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                error = relative_error(state[name], moments[key].numpy())
+                require(error, 10 * tolerance, f"the optimizer's moment {name!r}")
         # A change of theta keeps theta's own rounding.
         room = 4e-7 * float(np.linalg.norm(before))
         want = parameter.detach().numpy() - before
@@ -295,6 +301,7 @@ def check_ort_training(
             wanted = gradient.numpy() * float(step.expected_batch_size)
             require(relative_error(backend.gradient_buffers(), wanted), tolerance, "the noisy gradient buffer")
             check_rows(run, probes, theta, size)
+    check_optimizer_file(step, folder, optimizer, layout)
     # The update, from a fresh load: the moments above were never touched, the optimizer's first step is deterministic.
     backend = load_artifacts(folder, manifest)
     theta = flat_parameters(step)
@@ -324,6 +331,21 @@ def check_ort_training(
     check_eval(step, folder, manifest, layout, probes, eval_output)
 
 
+def check_optimizer_file(step: Any, folder: Path, optimizer: Optimizer, layout: Layout) -> None:
+    """optimizer_model.onnx is the graph that belongs to this step, to the bit.
+
+    Running it cannot tell: Adam's steps do not change when all gradients are divided by another batch size.
+    """
+    import onnx
+
+    from dpbitfit_fx.ort_export import optimizer_model
+
+    wanted = optimizer_model(optimizer, len(layout.parameters), float(step.expected_batch_size))
+    found = onnx.load(folder / "optimizer_model.onnx")
+    same = found.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True)
+    require(0.0 if same else float("inf"), 0.0, "the optimizer model")
+
+
 def check_eval(
     step: Any,
     folder: Path,
@@ -348,7 +370,8 @@ def check_eval(
         with torch.no_grad():
             want = tree_flatten(module(*leaves, *mask, *(torch.from_numpy(v) for v in values.values())))[0]
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)} | values
-        feed.update({"sample_mask": m.numpy() for m in mask})
+        if mask:
+            feed["sample_mask"] = mask[0].numpy()
         got = session.run(None, {k: v for k, v in feed.items() if k in present})
         for a, b in zip(got, want, strict=True):
             require(
