@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-from dpbitfit_fx import files
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.files import (
     atomic_replace,
@@ -50,7 +49,7 @@ def test_a_failure_at_any_point_leaves_the_previous_file_and_no_litter(
 ) -> None:
     atomic_write(tmp_path / "a", "previous")
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, where, failing(code))
+        patched.setattr(os, where, failing(code))
         with pytest.raises(ArtifactError, match=message) as caught:
             atomic_write(tmp_path / "a", "next")
     assert str(tmp_path / "a") in str(caught.value) and "unchanged" in str(caught.value)
@@ -70,7 +69,7 @@ def test_a_disk_that_fills_up_half_way_leaves_the_previous_file(
         return real(descriptor, data[: len(data) // 2])
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "write", half)
+        patched.setattr(os, "write", half)
         with pytest.raises(ArtifactError, match="disk is full"):
             atomic_write(tmp_path / "a", "x" * 100_000)
     assert read_text(tmp_path / "a") == "previous"
@@ -116,7 +115,7 @@ def test_an_output_folder_that_cannot_take_files_is_refused_before_anything_star
         ("fsync", errno.EDQUOT, "quota"),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(files.os, name, failing(code))
+            patched.setattr(os, name, failing(code))
             with pytest.raises(ArtifactError, match=message):
                 ensure_output_folder(tmp_path / "folder")
         assert not list((tmp_path / "folder").iterdir())

@@ -74,7 +74,14 @@ def test_draws_may_be_empty_and_a_rate_of_one_takes_everybody() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "batch", "size", "steps"),
-    [(3, 256, 9543, 112), (1, 10, 100, 10), (3, 10, 100, 30), (0.1, 10, 100, 1), (0.01, 50, 100, 1), (2.5, 10, 100, 25)],
+    [
+        (3, 256, 9543, 112),
+        (1, 10, 100, 10),
+        (3, 10, 100, 30),
+        (0.1, 10, 100, 1),
+        (0.01, 50, 100, 1),
+        (2.5, 10, 100, 25),
+    ],
 )
 def test_epochs_become_steps_rounded_up_and_no_further(epochs: float, batch: int, size: int, steps: int) -> None:
     sampler = PoissonSampler.from_expected_batch_size(size, batch, epochs=epochs)

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpbitfit_fx import files
 from dpbitfit_fx.accounting import PriorRun, epsilon, solve_noise_multiplier
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
 from dpbitfit_fx.privacy_statement import PrivacyStatement
@@ -50,12 +49,13 @@ def test_epsilon_is_derived_from_the_sampler_the_noise_and_the_steps() -> None:
 
 
 def test_the_file_states_everything_that_the_guarantee_depends_on() -> None:
-    for name in (
-        "epsilon delta privacy_unit neighboring_relation sampler sample_rate noise_multiplier max_grad_norm clipping gamma "
-        "steps lost_steps accountant accountant_version expected_batch_size dataset_size dataset_size_assumed_public "
-        "tuning_covered public_declarations prior graph_hash numeric_caveats library_versions insecure num_trainable "
-        "trainable_share run_id backend schema schema_version"
-    ).split():
+    names = (
+        "schema schema_version epsilon delta privacy_unit neighboring_relation sampler sample_rate noise_multiplier "
+        "max_grad_norm clipping gamma steps lost_steps accountant accountant_version expected_batch_size dataset_size "
+        "dataset_size_assumed_public tuning_covered insecure num_trainable trainable_share public_declarations prior "
+        "graph_hash backend run_id numeric_caveats library_versions"
+    )
+    for name in names.split(" "):
         assert name in CONTENT
     assert CONTENT["privacy_unit"] == "one record" and CONTENT["neighboring_relation"] == "add-or-remove-one"
     assert CONTENT["sampler"]["type"] == "poisson" and CONTENT["tuning_covered"] is False
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_the_earlier_statement(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "write", full)
+        patched.setattr(os, "write", full)
         with pytest.raises(ArtifactError, match="disk is full"):
             make().save(tmp_path)
     assert PrivacyStatement.load(tmp_path) == STATEMENT

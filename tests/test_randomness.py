@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 
@@ -63,7 +64,7 @@ class _Words(randomness.Stream):
         return self._data
 
 
-def _from_words(words: np.ndarray) -> randomness.Stream:  # type: ignore[type-arg]
+def _from_words(words: npt.NDArray[np.uint64]) -> randomness.Stream:
     return _Words(words.tobytes())
 
 
@@ -92,7 +93,7 @@ def test_streams_of_other_keys_purposes_and_steps_share_no_word_and_do_not_corre
     triples = list(itertools.product(keys, ("noise", "sample", "noise\x00", "noise0"), (0, 1, 256, 2**40)))
     drawn = np.stack([stream(*triple).normal(2000) for triple in triples])
     assert np.unique(drawn).size == drawn.size
-    correlation = np.corrcoef(drawn)[np.triu_indices(len(triples), 1)]
+    correlation = np.asarray(np.corrcoef(drawn))[np.triu_indices(len(triples), 1)]
     # 1128 pairs, each of standard deviation 1/sqrt(2000): 5.5 of them would be beyond chance.
     assert np.abs(correlation).max() < 5.5 / np.sqrt(2000)
 
@@ -141,8 +142,15 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "[]", "{", '{"format": "dpbitfit_fx.secret_key.v1"}', "deadbeef" * 8]
-    + ['{"format": "dpbitfit_fx.secret_key.v1", "insecure": false, "key": "deadbeef"}'],
+    [
+        "",
+        "null",
+        "[]",
+        "{",
+        '{"format": "dpbitfit_fx.secret_key.v1"}',
+        "deadbeef" * 8,
+        '{"format": "dpbitfit_fx.secret_key.v1", "insecure": false, "key": "deadbeef"}',
+    ],
 )
 def test_a_damaged_key_file_is_refused_without_quoting_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "key").write_text(text)
@@ -173,7 +181,9 @@ def test_an_erased_key_is_gone_from_memory_and_disk_and_cannot_be_used(tmp_path:
             use()
 
 
-@pytest.mark.parametrize(("purpose", "step"), [("", 0), ("x" * 201, 0), ("noise", -1), ("noise", 2**63), ("noise", True)])
+@pytest.mark.parametrize(
+    ("purpose", "step"), [("", 0), ("x" * 201, 0), ("noise", -1), ("noise", 2**63), ("noise", True)]
+)
 def test_unusable_stream_names_are_refused(purpose: str, step: int) -> None:
     with pytest.raises(PrivacyError):
         stream(KEY, purpose, step)
