@@ -1,6 +1,7 @@
 """The numeric check of every export: what onnxruntime computes at ORT_ENABLE_ALL against the PyTorch step.
 
-onnxruntime's optimizer has been seen to miscompile correct graphs, silently, so a graph is believed only once it has run.
+onnxruntime's optimizer has been seen to miscompile correct graphs, silently, so a graph is believed only once it has
+run.
 The inputs are made from the step's (public) example batch.
 """
 
@@ -92,7 +93,8 @@ def make_session(path: Path) -> Any:
         import onnxruntime
     except ImportError as error:
         raise ExportError(
-            "An export is handed over only once onnxruntime has run it, and onnxruntime is not installed: pip install 'dpbitfit_fx[ort]' "
+            "An export is handed over only once onnxruntime has run it, and onnxruntime is not installed: pip "
+            "install 'dpbitfit_fx[ort]' "
             "(Python 3.11), or onnxruntime for export_onnx alone."
         ) from error
     try:
@@ -114,8 +116,10 @@ def relative_error(got: Array, want: Array, floor: float = 0.0) -> float:
 def require(error: float, tolerance: float, what: str) -> None:
     if not error <= tolerance:
         raise ExportError(
-            f"The exported graph does not compute what the PyTorch step computes: {what} differs by {error:.1e} relative, and "
-            f"{tolerance:.0e} is allowed. Nothing was exported. This is a bug of the export or of onnxruntime; the PyTorch step is not affected. "
+            f"The exported graph does not compute what the PyTorch step computes: {what} differs by {error:.1e} "
+            "relative, and "
+            f"{tolerance:.0e} is allowed. Nothing was exported. This is a bug of the export or of onnxruntime; the "
+            "PyTorch step is not affected. "
             "If the model amplifies rounding, pass a larger tolerance=."
         )
 
@@ -175,8 +179,10 @@ def check_rows(run: Callable[..., Array], probes: Probes, theta: Array, size: in
             b[row] = a[row]
         if not np.array_equal(run(first, mask, theta, zero), run(mixed, mask, theta, zero), equal_nan=True):
             raise ExportError(
-                "In the exported graph, the clipped gradient of a row depends on the other rows of its batch, so its privacy guarantee "
-                "would not hold. Nothing was exported. This is a bug of the export or of onnxruntime; please report it with the model."
+                "In the exported graph, the clipped gradient of a row depends on the other rows of its batch, so "
+                "its privacy guarantee "
+                "would not hold. Nothing was exported. This is a bug of the export or of onnxruntime; please report "
+                "it with the model."
             )
 
 

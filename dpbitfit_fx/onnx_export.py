@@ -3,7 +3,8 @@
 ``grad_step.onnx``    batch..., sample_mask[B], theta[D], accumulator[D] -> accumulator_out[D]     (a SECRET sum)
 ``update_step.onnx``  theta, (m, v, t,) accumulator, noise[D], learning_rate -> theta_out, (m_out, v_out, t_out)
 
-Both come from the sealed halves of the step: R, sigma and the expected batch size are constants of the graphs, the batch
+Both come from the sealed halves of the step: R, sigma and the expected batch size are constants of the graphs, the
+batch
 size is free, and the noise is an input that the host draws from a secure source (no exported graph may hold an operator
 that draws random numbers).
 """
@@ -129,7 +130,8 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class BatchInput:
-    """One leaf of the batch: its path in the user's pytree, its name in the graphs, its shape without the batch axis."""
+    """One leaf of the batch: its path in the user's pytree, its name in the graphs, its shape without the batch
+    axis."""
 
     name: str
     path: str
@@ -150,7 +152,8 @@ class Layout:
 
 
 def safe_name(wanted: str, taken: set[str], fallback: str) -> str:
-    """``wanted`` where ONNX Runtime gives it no meaning of its own and nobody has it; else a variant. Adds it to ``taken``."""
+    """``wanted`` where ONNX Runtime gives it no meaning of its own and nobody has it; else a variant. Adds it to
+    ``taken``."""
     name = re.sub(r"[^A-Za-z0-9_.]", "_", wanted)
     if not name or not (name[0].isalpha() or name[0] == "_"):
         name = f"{fallback}_{name}"
@@ -188,12 +191,14 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
         expected = expected_batch_size if expected_batch_size is not None else step.expected_batch_size
         if sigma is None or expected is None:
             raise ExportError(
-                "Give both noise_multiplier and expected_batch_size: a private step needs its noise and its denominator."
+                "Give both noise_multiplier and expected_batch_size: a private step needs its noise and its "
+                "denominator."
             )
         step = step.with_noise(float(sigma), float(expected))
     if step.noise_multiplier is None or step.expected_batch_size is None:
         raise ExportError(
-            "This step adds no noise, so what it trains would not be private, and it cannot be exported. Give noise_multiplier= "
+            "This step adds no noise, so what it trains would not be private, and it cannot be exported. Give "
+            "noise_multiplier= "
             "and expected_batch_size= here or to compile()."
         )
     if step.dtype != torch.float32 or torch.device(step.device).type != "cpu":
@@ -269,7 +274,8 @@ def to_onnx(
     except Exception as error:
         first = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"{what} could not be turned into ONNX: {first}. The PyTorch step is not affected. If an operator is named, replace it in "
+            f"{what} could not be turned into ONNX: {first}. The PyTorch step is not affected. If an operator is "
+            "named, replace it in "
             "the model or report it."
         ) from error
     assert exported is not None
@@ -277,7 +283,8 @@ def to_onnx(
     clean(model)
     if len(model.graph.inputs) != len(names) or len(model.graph.outputs) != len(outputs):
         raise ExportError(
-            f"{what} lost an input or an output on its way to ONNX ({len(model.graph.inputs)} of {len(names)} inputs left)."
+            f"{what} lost an input or an output on its way to ONNX ({len(model.graph.inputs)} of {len(names)} "
+            "inputs left)."
         )
     rename(model, {v: n for v, n in zip([*model.graph.inputs, *model.graph.outputs], [*names, *outputs], strict=True)})
     return model
@@ -295,7 +302,8 @@ def clean(model: ir.Model) -> None:
             value.metadata_props.clear()
         if node.op_type in RANDOM_OPS:
             raise ExportError(
-                f"The graph holds {node.op_type}: ONNX Runtime's generators are not secure, and a private step may not use them. "
+                f"The graph holds {node.op_type}: ONNX Runtime's generators are not secure, and a private step may "
+                "not use them. "
                 "Put the model in eval() and compile it again."
             )
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
@@ -371,7 +379,8 @@ def export_core(step: Any, layout: Layout) -> Core:
             args.append(torch.zeros(layout.num_trainable))
         else:
             raise ExportError(
-                f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an export."
+                f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an "
+                "export."
             )
         batched.append(dynamic)
     lowered = Lowered(joint.module)
@@ -399,7 +408,8 @@ class UpdateStep(torch.nn.Module):
         for entry in joint.inputs:
             if entry.role not in (Role.ACCUMULATOR, Role.NOISE):
                 raise ExportError(
-                    f"The update half of the step takes an input of role {entry.role.value}, which has no place in an export."
+                    f"The update half of the step takes an input of role {entry.role.value}, which has no place in "
+                    "an export."
                 )
         self.order = [entry.role for entry in joint.inputs]
         self.sealed = Lowered(joint.module)
@@ -566,7 +576,8 @@ def write_folder(
             )
         if not (target / "manifest.json").is_file():
             raise ArtifactError(
-                f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be overwritten."
+                f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be "
+                "overwritten."
             )
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -619,11 +630,13 @@ def export_onnx(
     overwrite: bool = False,
     tolerance: float = 1e-5,
 ) -> Path:
-    """Write ``grad_step.onnx``, ``update_step.onnx``, ``initial.safetensors`` and ``manifest.json`` to the folder ``path``.
+    """Write ``grad_step.onnx``, ``update_step.onnx``, ``initial.safetensors`` and ``manifest.json`` to the folder
+    ``path``.
 
     Args:
         step: a ``PrivateStep`` with noise, or give ``noise_multiplier`` and ``expected_batch_size`` here.
-        optimizer: "adamw", "sgd", ``AdamW(lr, betas, eps, weight_decay)`` or ``SGD(lr)``; lr is only the default of an input.
+        optimizer: "adamw", "sgd", ``AdamW(lr, betas, eps, weight_decay)`` or ``SGD(lr)``; lr is only the default of
+        an input.
         sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
         overwrite: replace an earlier export at ``path``.
         tolerance: largest relative error of a clipped sum against the PyTorch step.
@@ -632,7 +645,8 @@ def export_onnx(
         The folder.
 
     Guarantee: before this returns, the files were run by onnxruntime at ORT_ENABLE_ALL on several batch sizes, with
-    parameters, masks and accumulators of many kinds, and agreed with the PyTorch step; rows did not influence one another.
+    parameters, masks and accumulators of many kinds, and agreed with the PyTorch step; rows did not influence one
+    another.
 
     Raises:
         ExportError: the step has no noise, an operator has no ONNX form, or onnxruntime computes something else.

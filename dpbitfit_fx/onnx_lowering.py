@@ -1,6 +1,7 @@
 """ATen-level replacements for the operators of a sealed graph that ONNX exporters do not know: mostly backward passes.
 
-The graph that is exported is the *sealed* one, interpreted node by node; only the operators in ``LOWERINGS`` are replaced,
+The graph that is exported is the *sealed* one, interpreted node by node; only the operators in ``LOWERINGS`` are
+replaced,
 each by the same mathematics in operators that have an ONNX form. Nothing is captured again from the user's model.
 
 Backward passes of pooling and resizing are linear and separable, so they become one small matrix product per axis; the
@@ -62,7 +63,8 @@ class _Interpreter(fx.Interpreter):
         if str(target) in UNSUPPORTED:
             raise ExportError(
                 f"The private graph uses {target} (node {self.current}), which has no ONNX form here yet: "
-                f"{UNSUPPORTED[str(target)]}. Train this model with the PyTorch step, or replace the operator in the model."
+                f"{UNSUPPORTED[str(target)]}. Train this model with the PyTorch step, or replace the operator in "
+                "the model."
             )
         return super().call_function(target, args, kwargs)
 
@@ -76,7 +78,8 @@ class _Interpreter(fx.Interpreter):
 def _attention_weights(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    """softmax(q kᵀ scale + mask), the scores, and the scale. A row with every key masked has weights 0, as the CPU kernel."""
+    """softmax(q kᵀ scale + mask), the scores, and the scale. A row with every key masked has weights 0, as the CPU
+    kernel."""
     factor = float(scale) if scale is not None else q.shape[-1] ** -0.5
     scores = torch.matmul(q, k.transpose(-2, -1)) * factor
     if causal:
@@ -96,7 +99,8 @@ def _attention_weights(
 def _no_dropout(p: float) -> None:
     if p:
         raise ExportError(
-            "The private graph holds attention with dropout. Put the model in eval() or set dropout to 0, and compile again."
+            "The private graph holds attention with dropout. Put the model in eval() or set dropout to 0, and "
+            "compile again."
         )
 
 
@@ -110,7 +114,8 @@ def _flash(
 
 
 def _flash_backward(
-    _: _Interpreter, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, dropout_p: float,
+    _: _Interpreter, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, dropout_p:
+    float,
     is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _no_dropout(dropout_p)
@@ -126,13 +131,15 @@ def _flash_backward(
 
 
 def _convolution_backward(
-    run: _Interpreter, grad_out: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int],
+    run: _Interpreter, grad_out: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride:
+    Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     if output_mask[1]:
         raise ExportError(
-            f"The private graph needs the gradient of a convolution's weight (node {run.current}), which has no ONNX form "
+            f"The private graph needs the gradient of a convolution's weight (node {run.current}), which has no "
+            "ONNX form "
             "here yet. Train biases, or leave convolution weights out of `trainable`."
         )
     spatial = weight.dim() - 2
@@ -170,7 +177,8 @@ def _per_axis(value: int | Sequence[int], spatial: int) -> list[int]:
 def _separable_backward(
     run: _Interpreter, grad_out: Tensor, sizes: Sequence[int], forward: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """Undo a separable linear map over the last axes: along axis i, ``forward(i, x)`` maps ``[N, sizes[i]]`` to ``[N, out]``."""
+    """Undo a separable linear map over the last axes: along axis i, ``forward(i, x)`` maps ``[N, sizes[i]]`` to ``[N,
+    out]``."""
     result, first = grad_out, grad_out.dim() - len(sizes)
     for i, size in enumerate(sizes):
 

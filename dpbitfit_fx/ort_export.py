@@ -5,7 +5,8 @@
 ``eval_model.onnx``       batch... -> what ``eval_output`` returns, or the masked mean loss (private data)
 ``checkpoint``            the trainables' values
 
-The noise is zero except on the last micro-batch of a logical batch: ONNX Runtime's optimizer models accept no extra input.
+The noise is zero except on the last micro-batch of a logical batch: ONNX Runtime's optimizer models accept no extra
+input.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ MICROSOFT: Final = "com.microsoft"
 
 
 def training_model(core: Core, sensitivity_times_sigma: float) -> ir.Model:
-    """The core, its accumulator started at R*sigma*noise, its output added to ONNX Runtime's gradient buffers. In place."""
+    """The core, its accumulator started at R*sigma*noise, its output added to ONNX Runtime's gradient buffers. In
+    place."""
     import onnx_ir as ir
 
     model, layout = core.model, core.layout
@@ -156,7 +158,8 @@ def optimizer_model(optimizer: Optimizer, count: int, expected_batch_size: float
 
 
 class EvalModule(torch.nn.Module):
-    """``outputs(model, batch)`` with the trainables as inputs; without ``outputs``, the mean loss over unmasked rows."""
+    """``outputs(model, batch)`` with the trainables as inputs; without ``outputs``, the mean loss over unmasked
+    rows."""
 
     def __init__(
         self, step: Any, layout: Layout, outputs: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any]
@@ -235,7 +238,8 @@ def loss_function(step: Any) -> Callable[[Any, Any], Any]:
         if found is not None:
             return found  # type: ignore[no-any-return]
     raise ExportError(
-        "This step does not know its loss function any more. Give eval_output=lambda model, batch: ... to export an evaluation model."
+        "This step does not know its loss function any more. Give eval_output=lambda model, batch: ... to export an "
+        "evaluation model."
     )
 
 
@@ -249,8 +253,10 @@ def save_checkpoint(step: Any, layout: Layout, path: Path) -> None:
         write = binding.save_checkpoint
     except (ImportError, AttributeError) as error:
         raise ExportError(
-            "ONNX Runtime Training artifacts need the package onnxruntime-training-cpu 1.19.2 (Python 3.11 or older): pip install "
-            "'dpbitfit_fx[ort]'. It provides the module `onnxruntime`, so uninstall `onnxruntime` first. export_onnx needs neither."
+            "ONNX Runtime Training artifacts need the package onnxruntime-training-cpu 1.19.2 (Python 3.11 or "
+            "older): pip install "
+            "'dpbitfit_fx[ort]'. It provides the module `onnxruntime`, so uninstall `onnxruntime` first. "
+            "export_onnx needs neither."
         ) from error
     flat = flat_parameters(step)
     tensors = [
@@ -277,12 +283,14 @@ def export_ort_training(
     overwrite: bool = False,
     tolerance: float = 1e-5,
 ) -> Path:
-    """Write training_model.onnx, eval_model.onnx, optimizer_model.onnx, checkpoint and manifest.json to the folder ``path``.
+    """Write training_model.onnx, eval_model.onnx, optimizer_model.onnx, checkpoint and manifest.json to the folder
+    ``path``.
 
     Args:
         step: a ``PrivateStep`` with noise, or give ``noise_multiplier`` and ``expected_batch_size`` here.
         optimizer: "adamw", "sgd", ``AdamW(lr, betas, eps, weight_decay)`` or ``SGD(lr)``.
-        eval_output: ``(model, batch) -> tensor(s)``, what eval_model.onnx gives (logits, say). Without it, eval_model.onnx
+        eval_output: ``(model, batch) -> tensor(s)``, what eval_model.onnx gives (logits, say). Without it,
+        eval_model.onnx
             gives the mean loss over unmasked rows: on private records that number is private, and no noise protects it.
         sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
         overwrite: replace an earlier export at ``path``.
@@ -290,9 +298,11 @@ def export_ort_training(
 
     Returns:
         The folder. Train from it with ``dpbitfit_fx.ort_runner``, or with ``onnxruntime.training.api`` (then the caller
-        draws ``noise`` ~ N(0, I) from a secure source for the last micro-batch of every logical batch, zeros otherwise).
+        draws ``noise`` ~ N(0, I) from a secure source for the last micro-batch of every logical batch, zeros
+        otherwise).
 
-    Guarantee: before this returns, the artifacts trained one step in ONNX Runtime, with several micro-batch sizes, and their
+    Guarantee: before this returns, the artifacts trained one step in ONNX Runtime, with several micro-batch sizes,
+    and their
     gradient buffers and parameters agreed with the PyTorch step.
 
     Raises:

@@ -2,8 +2,8 @@
 
     python -m dpbitfit_fx.ort_runner artifacts/ data.npz --steps 100 --delta 1e-5 --output out/
 
-The runner draws the Poisson samples and the noise itself, from a key of the operating system's secure generator, keeps the
-accounts, and writes ``biases.safetensors`` and ``privacy.json``, which load onto the PyTorch model with ``load_biases``.
+The runner draws the Poisson samples and the noise itself, from a key of the operating system's secure generator,
+keeps the accounts, and writes ``biases.safetensors`` (for ``load_biases`` on the PyTorch model) and ``privacy.json``.
 Needs numpy, onnxruntime (onnxruntime-training-cpu for ``export_ort_training``'s artifacts), safetensors, cryptography,
 scipy and dp-accounting; never torch.
 """
@@ -65,7 +65,8 @@ def training_api() -> Any:
         return importlib.import_module(f"{name}.api")
     except ImportError as error:
         raise ArtifactError(
-            "These artifacts need ONNX Runtime Training: pip install onnxruntime-training-cpu==1.19.2 (Python 3.11 or older), after "
+            "These artifacts need ONNX Runtime Training: pip install onnxruntime-training-cpu==1.19.2 (Python 3.11 "
+            "or older), after "
             "uninstalling onnxruntime. On other Pythons, export with export_onnx instead: it runs on any onnxruntime."
         ) from error
     finally:
@@ -98,7 +99,8 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
                 )
             if _sha256(path) != digest:
                 raise ArtifactError(
-                    f"{name!r} in {os.fspath(folder)!r} was changed after the export, so it is no longer the graph that was proved private "
+                    f"{name!r} in {os.fspath(folder)!r} was changed after the export, so it is no longer the graph "
+                    "that was proved private "
                     "and checked. Export again."
                 )
     return manifest
@@ -269,7 +271,8 @@ class Records:
 
     Args:
         manifest: of the artifacts.
-        data: path or name of every batch entry to an array [N, ...], or a sequence of records, each such a mapping to one
+        data: path or name of every batch entry to an array [N, ...], or a sequence of records, each such a mapping to
+        one
             record's array. Shorter sequences are padded at the end to the artifacts' length; longer ones are an error.
         pad_values: by path, what to pad with (0 unless given).
 
@@ -330,7 +333,8 @@ class Records:
                 or value.shape[0] > wanted[0]
             ):
                 raise DataError(
-                    f"Row {row} of the data set: {entry['path']!r} has shape {value.shape}; the artifacts take {wanted}, or a shorter first "
+                    f"Row {row} of the data set: {entry['path']!r} has shape {value.shape}; the artifacts take "
+                    f"{wanted}, or a shorter first "
                     "axis, which is padded. Cut longer records yourself, or export with a longer example batch."
                 )
             padded = np.full(wanted, self.pad_values.get(entry["path"], 0), dtype)
@@ -416,7 +420,8 @@ class OrtTrainer:
         size = len(self.records) if declared is None else int(declared)
         if size != len(self.records):
             raise DataError(
-                f"The declared dataset_size is {size}, and the data set has another number of records. Declare the size of the data "
+                f"The declared dataset_size is {size}, and the data set has another number of records. Declare the "
+                "size of the data "
                 "set that is trained on."
             )
         count = steps if steps is not None else known.get("steps")
@@ -428,7 +433,8 @@ class OrtTrainer:
         rate = known.get("sample_rate")
         if rate is not None and abs(rate - sampler.sample_rate) > 1e-9 * rate:
             raise PrivacyError(
-                f"The export was planned for sample_rate {rate:g}, and its expected batch of {expected:g} over {size} records gives "
+                f"The export was planned for sample_rate {rate:g}, and its expected batch of {expected:g} over "
+                f"{size} records gives "
                 f"{sampler.sample_rate:g}. Export again for this data set."
             )
         if isinstance(physical_batch_size, bool) or physical_batch_size < 1:
@@ -447,12 +453,14 @@ class OrtTrainer:
         self.size = int(self.manifest["num_trainable"])
 
     def train(self, steps: int | None = None, callback: Callable[[int], None] | None = None) -> int:
-        """Take ``steps`` more logical steps (default: all that are left); returns how many are done. Never beyond the plan."""
+        """Take ``steps`` more logical steps (default: all that are left); returns how many are done. Never beyond the
+        plan."""
         left = self.plan.sampler.steps - self.step
         wanted = left if steps is None else steps
         if wanted > left:
             raise PrivacyError(
-                f"The plan has {left} steps left; {wanted} were asked for. The budget was computed for the plan: make a new one."
+                f"The plan has {left} steps left; {wanted} were asked for. The budget was computed for the plan: "
+                "make a new one."
             )
         for _ in range(wanted):
             self.logical_step()
@@ -592,8 +600,10 @@ class OrtTrainer:
         if changed:
             self.key = own
             raise CheckpointError(
-                f"The checkpoint {os.fspath(path)!r} belongs to another run: {', '.join(changed)} changed. A replayed step would meet other "
-                "data or another graph under noise that is already known. Restore what changed, or start a new run and compose both."
+                f"The checkpoint {os.fspath(path)!r} belongs to another run: {', '.join(changed)} changed. A "
+                "replayed step would meet other "
+                "data or another graph under noise that is already known. Restore what changed, or start a new run "
+                "and compose both."
             )
         self.backend.load(part)
         self.insecure = key.insecure
@@ -607,7 +617,7 @@ def main() -> None:
     from rich.console import Console
 
     def run(
-        artifacts: Path = typer.Argument(..., help="Folder written by export_ort_training or export_onnx."),  # noqa: B008
+        artifacts: Path = typer.Argument(..., help="Folder of an export."),  # noqa: B008
         data: Path = typer.Argument(..., help=".npz with one array [N, ...] per batch entry."),  # noqa: B008
         output: Path = typer.Option(..., help="Folder for biases.safetensors and privacy.json."),  # noqa: B008
         steps: int | None = typer.Option(None, help="Logical steps (default: the export's plan)."),

@@ -18,16 +18,16 @@ pytest.importorskip("onnxruntime.capi._pybind_state")
 if not hasattr(sys.modules["onnxruntime.capi._pybind_state"], "save_checkpoint"):
     pytest.skip("needs onnxruntime-training-cpu", allow_module_level=True)
 
-import onnx  # noqa: E402
-from onnx_cases import CASES, compiled, flat, install  # noqa: E402
+import onnx
+from onnx_cases import CASES, compiled, flat, install
 
-import dpbitfit_fx as dpb  # noqa: E402
-from dpbitfit_fx.errors import CheckpointError, PrivacyError  # noqa: E402
-from dpbitfit_fx.onnx_check import torch_optimizer  # noqa: E402
-from dpbitfit_fx.onnx_export import SGD, AdamW, Optimizer, sha256_file  # noqa: E402
-from dpbitfit_fx.ort_export import export_ort_training, optimizer_model  # noqa: E402
-from dpbitfit_fx.ort_runner import OrtTrainer, load_artifacts  # noqa: E402
-from dpbitfit_fx.randomness import SecretKey, stream  # noqa: E402
+import dpbitfit_fx as dpb
+from dpbitfit_fx.errors import CheckpointError, PrivacyError
+from dpbitfit_fx.onnx_check import torch_optimizer
+from dpbitfit_fx.onnx_export import SGD, AdamW, Optimizer, sha256_file
+from dpbitfit_fx.ort_export import export_ort_training, optimizer_model
+from dpbitfit_fx.ort_runner import OrtTrainer, load_artifacts
+from dpbitfit_fx.randomness import SecretKey, stream
 
 ADAMW, PLAIN_SGD = AdamW(lr=5e-3, weight_decay=0.01), SGD(lr=0.2)
 
