@@ -24,13 +24,21 @@ from . import closures, recurrent_rules, sample_rules, trainables
 from .attention_rule import attention
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
-from .torch_private import argument_names, is_random, keep_node_meta, leaf_names, module_stack, schema_is_mutable, trace, tree_flatten, tree_unflatten
-from .unify import unify, where
+from .torch_private import (
+    argument_names,
+    is_random,
+    keep_node_meta,
+    leaf_names,
+    schema_is_mutable,
+    trace,
+    tree_flatten,
+    tree_unflatten,
+)
+from .unify import LIBRARIES, unify, where
 
 aten = torch.ops.aten
 SIZES = (11, 13)
 RULES = {**sample_rules.RULES, **recurrent_rules.RULES}
-LIBRARIES = ("/torch/", "/passes/", "<")
 
 
 class _Whole(nn.Module):
@@ -82,14 +90,20 @@ def split_batch(batch: Any) -> tuple[list[torch.Tensor], dict[int, Any], Any, li
     names = leaf_names(batch)
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     if not tensors:
-        raise CompileRefused("The batch holds no tensor. Give a tensor, or a dict, list or tuple of tensors with dim 0 = batch.")
-    sizes = {n: x.shape[0] if x.dim() else None for n, x in zip(names, leaves, strict=True) if isinstance(x, torch.Tensor)}
+        raise CompileRefused(
+            "The batch holds no tensor. Give a tensor, or a dict, list or tuple of tensors with dim 0 = batch."
+        )
+    sizes = {
+        n: x.shape[0] if x.dim() else None for n, x in zip(names, leaves, strict=True) if isinstance(x, torch.Tensor)
+    }
     if len(set(sizes.values())) != 1 or None in sizes.values():
         raise CompileRefused(f"Every tensor of the batch must have the batch as dim 0, of one size; got {sizes}.")
     constants = {i: x for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
     for i, value in constants.items():
         if not isinstance(value, (type(None), bool, int, float, str)):
-            raise CompileRefused(f"The batch entry {names[i]} is a {type(value).__name__}; only tensors and plain constants work.")
+            raise CompileRefused(
+                f"The batch entry {names[i]} is a {type(value).__name__}; only tensors and plain constants work."
+            )
     return tensors, constants, spec, [n for i, n in enumerate(names) if i not in constants], int(tensors[0].shape[0])
 
 
@@ -103,7 +117,8 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
     with _dropout_off(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(whole, one, strict=False).run_decompositions({})
+            exported = torch.export.export(whole, one, strict=False)
+            program: torch.export.ExportedProgram = exported.run_decompositions({})
         except CompileRefused:
             raise
         except Exception as error:
@@ -131,6 +146,7 @@ def capture(source: Source) -> JointGraph:
         for s, n in zip(specs, placeholders, strict=True)
         if s.kind is InputKind.PARAMETER
     }
+    _refuse_loss_shape(module.graph.output_node().args[0])
     selection = trainables.select(source.model, source.trainable, by_name)
     chosen = [t.name for t in selection.targets]
     roles, targets = [], []
@@ -144,7 +160,9 @@ def capture(source: Source) -> JointGraph:
     state.update(dict(source.model.named_buffers(remove_duplicate=False)))
     frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
     interpreter = _OneSample(module)
-    interpreter.trainable_masks = _masks_that_need_gradients(module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE])
+    interpreter.trainable_masks = _masks_that_need_gradients(
+        module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE]
+    )
 
     def loss_of_one(trained: list[Any], fixed: list[Any], *sample: Any) -> Any:
         feeds = {
@@ -162,21 +180,23 @@ def capture(source: Source) -> JointGraph:
         gradients, loss = per_sample(trained, fixed, *batch)
         return (loss, *gradients)
 
-    one_loss = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0][-1]
-    _refuse_loss_shape(one_loss)
     trained = [state[n].detach() for n in chosen]
     fixed = [state[n].detach() for n in frozen]
     graphs = []
     for size in SIZES:
         batch = [x[:1].detach().expand(size, *x.shape[1:]).contiguous() for x in tensors]
-        graphs.append(_trace(joint, module, trained, fixed, batch))
+        graphs.append(_trace(joint, interpreter, trained, fixed, batch))
     graph = unify(graphs[0], graphs[1], SIZES, len(chosen) + len(frozen))
     result = finish(graph)
     nodes = [n.name for n in result.graph.nodes if n.op == "placeholder"]
-    labels = [(Role.TRAINABLE, n) for n in chosen] + [(Role.FROZEN, n) for n in frozen] + [(Role.BATCH, n) for n in names]
+    labels = (
+        [(Role.TRAINABLE, n) for n in chosen] + [(Role.FROZEN, n) for n in frozen] + [(Role.BATCH, n) for n in names]
+    )
     inputs = tuple(Input(n, r, t) for n, (r, t) in zip(nodes, labels, strict=True))
     kept = {n: state[n] for n in chosen + frozen}
-    return JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise, source=source)
+    return JointGraph(
+        result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise, source=source
+    )
 
 
 def refuse_train_mode_batchnorm(model: nn.Module) -> None:
@@ -196,7 +216,11 @@ def refuse_train_mode_batchnorm(model: nn.Module) -> None:
 def _dropout_off(model: nn.Module) -> Iterator[None]:
     """Dropout modules are captured in eval mode, and get their own mode back."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    modules = [m for m in model.modules() if m.training and (isinstance(m, kinds) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))]
+    modules = [
+        m
+        for m in model.modules()
+        if m.training and (isinstance(m, kinds) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))
+    ]
     for m in modules:
         m.training = False
     try:
@@ -206,7 +230,7 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _trace(joint: Any, module: fx.GraphModule, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
+def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
     with warnings.catch_warnings(record=True) as caught, keep_node_meta():
         warnings.simplefilter("always")
         try:
@@ -214,37 +238,52 @@ def _trace(joint: Any, module: fx.GraphModule, trained: Any, fixed: Any, batch: 
             if any(schema_is_mutable(n.target) for n in graph.graph.nodes):
                 # functorch's own rules write scratch tensors in place: trace once more without the writes.
                 replay = fx.Interpreter(graph)
-                graph = trace(functionalize(lambda t, f, *b: replay.run(*t, *f, *b, enable_io_processing=False)), trained, fixed, *batch)
+                graph = trace(
+                    functionalize(lambda t, f, *b: replay.run(*t, *f, *b, enable_io_processing=False)),
+                    trained,
+                    fixed,
+                    *batch,
+                )
         except CompileRefused:
             raise
         except Exception as error:
+            node = running.current
+            forward = node is not None and node.op == "call_function"  # else the backward was being traced
+            place = where(node) if node is not None and forward else _user_line(error)
+            if node is not None and "random operation" in str(error):
+                raise CompileRefused(_random(node, place)) from error
             raise CompileRefused(
-                f"The model's operators could not be batched over samples: {_first_line(error)}.{_user_line(error)}"
+                f"The model's operator{f' {node.target}' if node is not None and forward else 's'} could not be batched over "
+                f"samples: {_first_line(error)}.{place} Data-dependent values and shapes (.item(), unique, boolean "
+                "indexing) have no form for many samples at once; take them out of the forward."
             ) from error
     for warning in caught:
         text = str(warning.message)
         if "batching rule" in text and "aten::" in text:
             op = text.split("aten::")[1].split(".")[0].split(" ")[0].rstrip(",;'\"")
             raise CompileRefused(
-                f"The operator aten::{op} would be unrolled over samples: it has no batching rule.{_find_operator(module, op)} "
-                "Replace it in the model by an operator that has one."
+                f"The operator aten::{op} would be unrolled over samples: it has no batching rule."
+                f"{_find_operator(running.module, op)} Replace it in the model by an operator that has one."
             )
     for node in graph.graph.nodes:
         if is_random(node):
-            raise CompileRefused(
-                f"The operator {node.target} draws random numbers in the model.{where(node)} Call model.eval(), or set "
-                "its dropout probability to zero: randomness inside the graph is not part of the privacy proof."
-            )
+            raise CompileRefused(_random(node, where(node)))
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def _random(node: fx.Node, place: str) -> str:
+    return (
+        f"The operator {node.target} draws random numbers in the model.{place} Call model.eval(), or set its dropout "
+        "probability to zero: randomness inside the graph is not part of the privacy proof."
+    )
 
 
 def _find_operator(module: fx.GraphModule, op: str) -> str:
     stem = op.replace("_backward", "").strip("_")
     for node in module.graph.nodes:
         if node.op == "call_function" and stem in str(node.target):
-            path = module_stack(node.meta)
-            return f" It is used in module {path.removeprefix('model.') or 'the model'}.{where(node)}"
+            return where(node)
     return ""
 
 
@@ -273,11 +312,16 @@ def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
                 f"that owns it ({name.rpartition('.')[0] or 'the model'}) in eval mode, or stop it from writing."
             )
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CompileRefused(f"The model writes one of its inputs or parameters in forward ({spec.target}); that is refused.")
+            raise CompileRefused(
+                f"The model writes one of its inputs or parameters in forward ({spec.target}); that is refused."
+            )
 
 
-def _refuse_loss_shape(loss: Any) -> None:
-    shape = tuple(loss.meta["val"].shape) if isinstance(loss, fx.Node) and hasattr(loss.meta.get("val"), "shape") else None
+def _refuse_loss_shape(outputs: Any) -> None:
+    loss = outputs[-1] if outputs else None
+    shape = (
+        tuple(loss.meta["val"].shape) if isinstance(loss, fx.Node) and hasattr(loss.meta.get("val"), "shape") else None
+    )
     if shape is None:
         raise CompileRefused("loss_fn must return a tensor: one loss per sample [B], or their mean or sum.")
     dtype = loss.meta["val"].dtype
@@ -300,4 +344,6 @@ def _user_line(error: BaseException) -> str:
     if not frames:
         return ""
     frame = frames[-1]
-    return f' It comes from File "{frame.filename}", line {frame.lineno}, in {frame.name}: `{(frame.line or "").strip()}`.'
+    return (
+        f' It comes from File "{frame.filename}", line {frame.lineno}, in {frame.name}: `{(frame.line or "").strip()}`.'
+    )

@@ -66,7 +66,9 @@ def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
     full = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
     loss = source.loss_fn(source.model, tree_unflatten(full, spec))
     if not isinstance(loss, torch.Tensor):
-        raise CompileRefused(f"loss_fn returned a {type(loss).__name__}; it must return a tensor of losses [B], or their mean or sum.")
+        raise CompileRefused(
+            f"loss_fn returned a {type(loss).__name__}; it must return a tensor of losses [B], or their mean or sum."
+        )
     return loss
 
 
@@ -81,7 +83,9 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
         for p in chosen:
             p.requires_grad_(True)
         for m in modes:
-            m.training = m.training and not (isinstance(m, nn.Dropout) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))
+            m.training = m.training and not (
+                isinstance(m, nn.Dropout) or hasattr(m, "dropout") or hasattr(m, "drop_prob")
+            )
         with torch.enable_grad():
             try:
                 loss = user_loss(source, batch)
@@ -94,7 +98,10 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
                 ) from error
             captured, gradients = run_joint(joint, batch)
             if loss.shape == (size,):
-                weights, kinds = torch.linspace(0.5, 1.5, size, dtype=captured.dtype, device=captured.device), {"per sample"}
+                weights, kinds = (
+                    torch.linspace(0.5, 1.5, size, dtype=captured.dtype, device=captured.device),
+                    {"per sample"},
+                )
                 objective = (loss * weights.to(loss)).sum()
                 same = _close(loss.detach(), captured)
             elif loss.dim() == 0:
@@ -106,11 +113,23 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
             else:
                 raise CompileRefused(
                     f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
-                    "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. loss.mean(dim=1)."
+                    "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. "
+                    "loss.mean(dim=1)."
                 )
             if not same:
-                scalar = "" if loss.dim() else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
-                raise CompileRefused(_mixing(joint, batch, f"{scalar} losses differ from those of each sample alone".strip()))
+                scalar = (
+                    ""
+                    if loss.dim()
+                    else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
+                )
+                raise CompileRefused(
+                    _mixing(joint, batch, f"{scalar} losses differ from those of each sample alone".strip())
+                )
+            if not objective.requires_grad:
+                raise CompileRefused(
+                    "The loss has no gradient with respect to any trainable: loss_fn or the model detaches it, or runs under "
+                    "torch.no_grad(). Nothing would be trained."
+                )
             theirs = torch.autograd.grad(objective, chosen, allow_unused=True)
     finally:
         for p, flag in zip(chosen, flags, strict=True):
@@ -119,8 +138,13 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
             m.training = mode
     ours = [torch.einsum("b,b...->...", weights.to(g), g) for g in gradients]
     flat_ours = torch.cat([g.flatten().double() for g in ours])
-    flat_theirs = torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in zip(theirs, chosen, strict=True)])
-    sizes = sum((g.double().flatten(1).norm(dim=1) * w.double()).sum() for g, w in [(torch.cat([x.flatten(1) for x in gradients], 1), weights)])
+    flat_theirs = torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in zip(theirs, chosen, strict=True)]
+    )
+    sizes = sum(
+        (g.double().flatten(1).norm(dim=1) * w.double()).sum()
+        for g, w in [(torch.cat([x.flatten(1) for x in gradients], 1), weights)]
+    )
     tolerance = max(TOLERANCE.get(p.dtype, 1e-3) for p in chosen)
     if not bool((flat_ours - flat_theirs).norm() <= tolerance * sizes + 1e-12):
         raise CompileRefused(_mixing(joint, batch, "gradients of the batch differ from those of each sample alone"))

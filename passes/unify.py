@@ -15,8 +15,10 @@ import torch
 from torch import fx
 
 from .errors import CompileRefused
+from .torch_private import module_stack
 
 aten = torch.ops.aten
+LIBRARIES = ("/torch/", "/passes/", "<")
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
@@ -70,9 +72,9 @@ def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], ba
             return symbol(args.factor)
         if isinstance(args, (list, tuple)):
             batched = [x for x in args if isinstance(x, _Multiple)]
-            if target in VIEWS and len(batched) == 1 and all(isinstance(x, (int, _Multiple)) for x in args):
-                if -1 not in args and 0 not in args:
-                    return [-1 if isinstance(x, _Multiple) else x for x in args]
+            plain = all(isinstance(x, (int, _Multiple)) for x in args) and -1 not in args and 0 not in args
+            if target in VIEWS and len(batched) == 1 and plain:
+                return [-1 if isinstance(x, _Multiple) else x for x in args]
             return type(args)(place_symbols(x, target) for x in args)
         if isinstance(args, dict):
             return {k: place_symbols(v, target) for k, v in args.items()}
@@ -115,12 +117,17 @@ def _unrolled(a: list[fx.Node], b: list[fx.Node], sizes: tuple[int, int]) -> str
 
 
 def where(node: fx.Node) -> str:
-    """`` It comes from line ... of ...`` for a node that knows the user's line, else nothing."""
+    """`` It comes from module m, File f, line n, in forward: `code`.`` as far as the node knows, else nothing.
+
+    Of the node's Python frames the innermost outside torch is taken: the user's line, not ``nn.Linear``'s.
+    """
+    path = module_stack(node.meta).removeprefix("model").strip(".")
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in str(trace).strip().splitlines()]
     files = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not files:
-        return ""
-    at = files[-1]
-    code = lines[at + 1] if at + 1 < len(lines) else ""
-    return f" It comes from {lines[at]}: `{code}`." if code else f" It comes from {lines[at]}."
+    files = [i for i in files if not any(part in lines[i] for part in LIBRARIES)] or files
+    places = [f"module {path}"] if path else []
+    if files:
+        code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
+        places.append(lines[files[-1]] + (f": `{code}`" if code and not code.startswith("File ") else ""))
+    return f" It comes from {', '.join(places)}." if places else ""
