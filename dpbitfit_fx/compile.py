@@ -100,13 +100,22 @@ class PrivateStep:
     def _leaves(self, batch: Any) -> list[torch.Tensor]:
         leaves, spec = tree_flatten(batch)
         if spec != self._spec:
-            raise CompileRefused(f"The batch has another structure than example_batch: expected {self._spec}, got {spec}.")
+            raise CompileRefused(
+                f"The batch has another structure than example_batch: expected {self._spec}, got {spec}."
+            )
         for i, value in self._constants.items():
             if leaves[i] is not value and leaves[i] != value:
-                raise CompileRefused(f"The batch entry {i} was the constant {value!r} at compile and is {leaves[i]!r} now.")
+                raise CompileRefused(
+                    f"The batch entry {i} was the constant {value!r} at compile and is {leaves[i]!r} now."
+                )
         tensors = [x for i, x in enumerate(leaves) if i not in self._constants]
         for name, x, e in zip(self._leaf_names, tensors, self._example_leaves(), strict=True):
-            if not isinstance(x, torch.Tensor) or x.dim() != e.dim() or x.shape[1:] != e.shape[1:] or x.dtype != e.dtype:
+            if (
+                not isinstance(x, torch.Tensor)
+                or x.dim() != e.dim()
+                or x.shape[1:] != e.shape[1:]
+                or x.dtype != e.dtype
+            ):
                 got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
                 raise CompileRefused(
                     f"The batch entry {name} is {got}; it was compiled for [B, {', '.join(map(str, e.shape[1:]))}] {e.dtype}. "
@@ -115,7 +124,9 @@ class PrivateStep:
         if len({x.shape[0] for x in tensors}) != 1:
             raise CompileRefused("The tensors of the batch differ in their batch size (dim 0).")
         if tensors[0].shape[0] == 0:
-            raise CompileRefused("The physical batch is empty; an empty logical batch needs no physical batch, only its noise.")
+            raise CompileRefused(
+                "The physical batch is empty; an empty logical batch needs no physical batch, only its noise."
+            )
         return tensors
 
     def _example_leaves(self) -> list[torch.Tensor]:
@@ -148,7 +159,7 @@ class PrivateStep:
             raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
         self._check_flat(accumulator, "accumulator")
         with torch.no_grad():
-            (result,) = self._call(*self._values(self.partial, leaves), sample_mask, accumulator)
+            result: torch.Tensor = self._call(*self._values(self.partial, leaves), sample_mask, accumulator)[0]
         return result
 
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -161,19 +172,21 @@ class PrivateStep:
         self._check_flat(accumulator, "accumulator")
         self._check_flat(noise, "noise")
         with torch.no_grad():
-            (result,) = self.update.module(accumulator, noise)
+            result: torch.Tensor = self.update.module(accumulator, noise)[0]
         return result
 
     def _check_flat(self, x: torch.Tensor, name: str) -> None:
         if x.shape != (self.num_trainable,) or x.dtype != self.dtype:
-            raise CompileRefused(f"{name} is {tuple(x.shape)} {x.dtype}, expected ({self.num_trainable},) {self.dtype}.")
+            raise CompileRefused(
+                f"{name} is {tuple(x.shape)} {x.dtype}, expected ({self.num_trainable},) {self.dtype}."
+            )
 
     def zero_accumulator(self) -> torch.Tensor:
         return torch.zeros(self.num_trainable, dtype=self.dtype, device=self.device)
 
     def unflatten(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[D] -> {name: [*shape]}``, views in the order of ``trainable_names``."""
-        pieces = flat.split([t.numel for t in self.joint.targets])
+        pieces = torch.split(flat, [t.numel for t in self.joint.targets])
         return {t.name: p.view(t.shape) for t, p in zip(self.joint.targets, pieces, strict=True)}
 
     def with_noise(self, noise_multiplier: float, expected_batch_size: float) -> PrivateStep:

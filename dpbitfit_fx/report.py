@@ -40,7 +40,10 @@ class Report:
         lines += [f"  near miss  {name}: {why}" for name, why in self.near_misses]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
-        lines += [f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s" for name, seconds, before, after in self.passes]
+        lines += [
+            f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
+            for name, seconds, before, after in self.passes
+        ]
         return "\n".join(lines)
 
 

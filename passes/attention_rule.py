@@ -31,9 +31,13 @@ def _batch_size(dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]
     return next(x.shape[d] for x, d in zip(tensors, dims, strict=False) if d is not None and x is not None)
 
 
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(go: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, causal: Any, scale: Any) -> Any:  # type: ignore[override]
+    def forward(go: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, causal: Any, scale: Any) -> Any:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             go, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
@@ -46,13 +50,13 @@ class _AttentionBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         batch = _batch_size(in_dims[:7], args[:7])
         folded = [_fold(x, d, batch) for x, d in zip(args[:7], in_dims[:7], strict=True)]
-        grads = _AttentionBackward.apply(*folded, *args[7:])
+        grads = _apply(_AttentionBackward, *folded, *args[7:])
         return tuple(_unfold(g, batch) for g in grads), (0, 0, 0)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any) -> Any:  # type: ignore[override]
+    def forward(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any) -> Any:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
     @staticmethod
@@ -62,16 +66,16 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, go: Any, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, go: Any, _: Any) -> Any:
         q, k, v, mask, out, lse = ctx.saved_tensors
-        grads = _AttentionBackward.apply(go, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
+        grads = _apply(_AttentionBackward, go, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
         return (*grads, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         batch = _batch_size(in_dims[:4], args[:4])
         folded = [_fold(x, d, batch) for x, d in zip(args[:4], in_dims[:4], strict=True)]
-        out, lse = _Attention.apply(*folded, *args[4:])
+        out, lse = _apply(_Attention, *folded, *args[4:])
         return (_unfold(out, batch), _unfold(lse, batch)), (0, 0)
 
 
@@ -105,7 +109,8 @@ def attention(
         and not (causal and mask is not None)
     )
     if not fusable:
-        return aten.scaled_dot_product_attention.default(q, k, v, mask, dropout_p, causal, scale=scale)
+        plain: Tensor = aten.scaled_dot_product_attention.default(q, k, v, mask, dropout_p, causal, scale=scale)
+        return plain
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
@@ -113,4 +118,5 @@ def attention(
             mask = mask.unsqueeze(0)
         if mask.shape[0] != q.shape[0]:  # folding multiplies both by B, so a broadcast over N must be spelled out first
             mask = mask.expand(q.shape[0], *mask.shape[1:])
-    return _Attention.apply(q, k, v, mask, causal, scale)[0]
+    result: Tensor = _apply(_Attention, q, k, v, mask, causal, scale)[0]
+    return result

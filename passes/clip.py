@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -30,10 +32,12 @@ def clip(joint: JointGraph) -> JointGraph:
     """``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``."""
     clipping = joint.clipping
     if clipping is None:
-        raise CompileRefused("No clipping was given; use AutomaticClipping(max_grad_norm) or FlatClipping(max_grad_norm).")
-    graph, mapping = copy_graph(joint.module)
+        raise CompileRefused(
+            "No clipping was given; use AutomaticClipping(max_grad_norm) or FlatClipping(max_grad_norm)."
+        )
+    graph, _mapping = copy_graph(joint.module)
     output = graph.output_node()
-    gradients = output.args[0][1:]  # type: ignore[index]
+    gradients: Any = output.args[0][1:]  # type: ignore[index]
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         mask = graph.placeholder("sample_mask")
@@ -62,5 +66,9 @@ def clip(joint: JointGraph) -> JointGraph:
         total = call(aten.reshape.default, (call(aten.mm.default, (weights, rows)), [joint.num_trainable]))
         result = call(aten.add.Tensor, (accumulator, total))
         output.args = ((result,),)
-    inputs = (*joint.inputs, Input(mask.name, Role.MASK, "sample_mask"), Input(accumulator.name, Role.ACCUMULATOR, "accumulator"))
+    inputs = (
+        *joint.inputs,
+        Input(mask.name, Role.MASK, "sample_mask"),
+        Input(accumulator.name, Role.ACCUMULATOR, "accumulator"),
+    )
     return dataclasses.replace(joint, module=finish(graph), inputs=inputs)

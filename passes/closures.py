@@ -38,9 +38,13 @@ def captured_tensors(fn: Callable[..., Any], model: nn.Module) -> Iterator[str]:
                     todo.append((variable, cell.cell_contents))
                 except ValueError:  # a cell that is still empty
                     continue
-            todo += [(f"default of {name}", d) for d in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())]
+            todo += [
+                (f"default of {name}", d) for d in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            ]
             used = value.__code__.co_names
-            todo += [(n, value.__globals__[n]) for n in used if n in value.__globals__ and _may_hold(value.__globals__[n])]
+            todo += [
+                (n, value.__globals__[n]) for n in used if n in value.__globals__ and _may_hold(value.__globals__[n])
+            ]
         elif isinstance(value, (list, tuple, set)):
             todo += [(name, v) for v in list(value)[:1000]]
         elif isinstance(value, dict):

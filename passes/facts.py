@@ -11,7 +11,7 @@ from torch import fx
 from . import template
 from .errors import SealBroken
 from .joint_graph import Fact, JointGraph, Role
-from .torch_private import is_op, is_random, schema_is_mutable
+from .torch_private import has_effect, is_op, is_random, returns_several, schema_is_mutable
 
 aten = torch.ops.aten
 SHAPE_USERS = {
@@ -49,28 +49,46 @@ SHAPE_USERS = {
 
 
 def functional(joint: JointGraph) -> None:
-    """Only ATen operators that write nothing and draw nothing, and the batch size only in shapes."""
+    """Only operators that write, draw and assert nothing, and the batch size only in shapes."""
     for node in joint.module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.op != "call_function":
             raise SealBroken(f"The graph holds {node.op} {node.target}: only operators on inputs are allowed.")
         if node.target is operator.getitem:
+            if not isinstance(node.args[0], fx.Node) or not returns_several(node.args[0].target):
+                raise SealBroken(
+                    f"The graph indexes {node.args[0]}, which is one tensor: its rows would be picked apart."
+                )
             continue
         if node.target is operator.mul:
-            if not isinstance(node.args[0], fx.Node) or node.args[0].target is not aten.sym_size.int or type(node.args[1]) is not int:
+            if (
+                not isinstance(node.args[0], fx.Node)
+                or node.args[0].target is not aten.sym_size.int
+                or type(node.args[1]) is not int
+            ):
                 raise SealBroken("The graph multiplies something other than the batch size by a constant.")
         elif not is_op(node.target):
-            raise SealBroken(f"The graph calls {node.target}, which is not an ATen operator.")
+            raise SealBroken(f"The graph calls {node.target}, which is not an operator.")
+        elif has_effect(node.target):
+            raise SealBroken(
+                f"The graph calls {node.target}, which tells of private values by other means than its result."
+            )
         elif schema_is_mutable(node.target):
             raise SealBroken(f"The graph calls {node.target}, which writes its input.")
         elif is_random(node):
-            raise SealBroken(f"The graph calls {node.target}, which draws random numbers: noise must come from the host.")
+            raise SealBroken(
+                f"The graph calls {node.target}, which draws random numbers: noise must come from the host."
+            )
         if node.target in (aten.sym_size.int, operator.mul):
             for user in node.users:
                 if user.target is not operator.mul and user.target not in SHAPE_USERS:
-                    raise SealBroken(f"The batch size is used as a value by {user.target}: it is private and may only shape tensors.")
-                if user.target in (aten.full.default, aten.new_full.default) and node in (user.args[-1],):
+                    raise SealBroken(
+                        f"The batch size is used as a value by {user.target}: it is private and may only shape tensors."
+                    )
+                if user.target in (aten.full.default, aten.new_full.default) and (
+                    node in user.args[-1:] or node is user.kwargs.get("fill_value")
+                ):
                     raise SealBroken("The batch size fills a tensor: it is private and may only shape tensors.")
     names = [n.name for n in joint.module.graph.nodes if n.op == "placeholder"]
     if names != [i.name for i in joint.inputs]:

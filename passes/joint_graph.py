@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -140,7 +140,8 @@ class JointGraph:
         return [i for i in self.inputs if i.role is role]
 
     def placeholder(self, name: str) -> fx.Node:
-        return next(n for n in self.module.graph.nodes if n.op == "placeholder" and n.name == name)
+        found: fx.Node = next(n for n in self.module.graph.nodes if n.op == "placeholder" and n.name == name)
+        return found
 
     @property
     def outputs(self) -> tuple[Any, ...]:
@@ -153,8 +154,12 @@ class JointGraph:
         roles = {i.name: i for i in self.inputs}
         lines = []
         for node in self.module.graph.nodes:
-            show = fx.node.map_arg((node.args, node.kwargs), lambda n: _Named(index[n]))
-            what = f"{roles[node.name].role.value} {roles[node.name].target}" if node.op == "placeholder" else str(node.target)
+            show: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: cast(Any, _Named(index[n])))
+            what = (
+                f"{roles[node.name].role.value} {roles[node.name].target}"
+                if node.op == "placeholder"
+                else str(node.target)
+            )
             lines.append(f"{index[node]} = {what} {show[0]} {show[1]}")
         return "\n".join(lines)
 
@@ -173,7 +178,8 @@ class _Named:
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of the graph to rewrite, with a map from old nodes to new: passes never touch the graph they were given."""
-    graph, mapping = fx.Graph(), {}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     return graph, mapping

@@ -22,7 +22,10 @@ def add_noise(joint: JointGraph) -> JointGraph:
     noise, clipping = joint.noise, joint.clipping
     if noise is None or clipping is None:
         raise CompileRefused("No noise was given; pass noise_multiplier and expected_batch_size.")
-    for name, value in (("noise_multiplier", noise.noise_multiplier), ("expected_batch_size", noise.expected_batch_size)):
+    for name, value in (
+        ("noise_multiplier", noise.noise_multiplier),
+        ("expected_batch_size", noise.expected_batch_size),
+    ):
         if not math.isfinite(value) or value < 0 or (name == "expected_batch_size" and value == 0):
             raise CompileRefused(f"{name} must be a positive finite number, got {value!r}.")
     graph, _ = copy_graph(joint.module)

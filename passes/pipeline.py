@@ -62,7 +62,9 @@ def run(passes: tuple[Pass, ...], joint: JointGraph | Source, observer: Observer
                 if item.name == "capture":
                     raise CompileRefused(str(error)) from error
                 ran = [t.name for t in before.trail] if before else []
-                raise PassError(f"Pass {item.name} broke the fact {fact.value} ({error}); what ran before: {ran}.") from error
+                raise PassError(
+                    f"Pass {item.name} broke the fact {fact.value} ({error}); what ran before: {ran}."
+                ) from error
         entry = TrailEntry(
             item.name,
             time.perf_counter() - start,

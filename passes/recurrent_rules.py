@@ -1,7 +1,7 @@
 """nn.LSTM, nn.GRU and nn.RNN of one sample, written over time in operators that vmap batches (no fused RNN has a rule).
 
-    LSTM: i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh;  c = s(f) c + s(i) tanh(g);  h = s(o) tanh(c)
-    GRU:  r, z from both sums;  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = (1 - z) n + z h
+LSTM: i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh;  c = s(f) c + s(i) tanh(g);  h = s(o) tanh(c)
+GRU:  r, z from both sums;  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = (1 - z) n + z h
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _simple_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]
     return cell
 
 
-def _run(cell: Any, x: Tensor, hx: State, params: Any, biases: bool, layers: int, bidirectional: bool, batch_first: bool) -> Any:
+def _run(
+    cell: Any, x: Tensor, hx: State, params: Any, biases: bool, layers: int, bidirectional: bool, batch_first: bool
+) -> Any:
     """x [T, N, C] (or [N, T, C]); returns the output sequence and the last state of every layer and direction."""
     if batch_first:
         x = x.transpose(0, 1)
@@ -71,12 +73,24 @@ def _run(cell: Any, x: Tensor, hx: State, params: Any, biases: bool, layers: int
     return (x.transpose(0, 1) if batch_first else x, *last)
 
 
-def _lstm(x: Tensor, hx: Any, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool) -> Any:
+def _lstm(
+    x: Tensor, hx: Any, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool
+) -> Any:
     return _run(_lstm_cell, x, tuple(hx), params, biases, layers, both, first)
 
 
 def _single(cell: Any) -> Callable[..., Any]:
-    def rule(x: Tensor, hx: Tensor, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool) -> Any:
+    def rule(
+        x: Tensor,
+        hx: Tensor,
+        params: Any,
+        biases: bool,
+        layers: int,
+        dropout: float,
+        train: bool,
+        both: bool,
+        first: bool,
+    ) -> Any:
         return _run(cell, x, (hx,), params, biases, layers, both, first)
 
     return rule

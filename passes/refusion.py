@@ -1,9 +1,9 @@
 """Pass 3, re-fuse: put back what vmap took apart, so that eager does not pay for it. Same numbers up to rounding.
 
-    view(b * 1 + _unsafe_view(mm(x, Wt)))          ->  view(addmm(b, x, Wt))                        b [C], x [N, K], Wt [K, C]
-    layer_norm_backward(g * w, x, .., None, ..)     ->  layer_norm_backward(g, x, .., w, ..)         g [.., C], w [C]
-    view(view(x, s), t)                             ->  view(x, t);  t(t(W)) -> W;  permute(x, identity) -> x
-    two nodes with the same operator and arguments  ->  one (attention masks hoisted out of the layers)
+view(b * 1 + _unsafe_view(mm(x, Wt)))          ->  view(addmm(b, x, Wt))                        b [C], x [N, K], Wt [K, C]
+layer_norm_backward(g * w, x, .., None, ..)     ->  layer_norm_backward(g, x, .., w, ..)         g [.., C], w [C]
+view(view(x, s), t)                             ->  view(x, t);  t(t(W)) -> W;  permute(x, identity) -> x
+two nodes with the same operator and arguments  ->  one (attention masks hoisted out of the layers)
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ def _drop_identities(graph: fx.Graph) -> None:
         source = node.args[0]
         if node.target in VIEWS and source.target in VIEWS:
             node.args = (source.args[0], *node.args[1:])
-        elif node.target is aten.permute.default and list(node.args[1]) == list(range(len(node.args[1]))):  # type: ignore[arg-type]
+        elif node.target is aten.permute.default and list(node.args[1]) == list(range(len(node.args[1]))):
             node.replace_all_uses_with(source)
         elif (node.target is aten.t.default and source.target is aten.t.default) or (
-            node.target is aten.transpose.int and source.target is aten.transpose.int and node.args[1:] == source.args[1:]
+            node.target is aten.transpose.int
+            and source.target is aten.transpose.int
+            and node.args[1:] == source.args[1:]
         ):
-            node.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(source.args[0])
         elif node.target is aten.mul.Scalar and node.args[1] == 1 and type(node.args[1]) is int:
             node.replace_all_uses_with(source)
 
@@ -87,7 +89,7 @@ def _fuse_layer_norm_backward(graph: fx.Graph, vectors: set[str]) -> None:
         if node.target is not aten.native_layer_norm_backward.default or node.args[5] is not None:
             continue
         scaled = node.args[0]
-        if not (isinstance(scaled, fx.Node) and scaled.target is aten.mul.Tensor and len(node.args[2]) == 1):  # type: ignore[arg-type]
+        if not (isinstance(scaled, fx.Node) and scaled.target is aten.mul.Tensor and len(node.args[2]) == 1):
             continue
         used = {u.args[1] for u in node.users if u.target is operator.getitem}
         for grad, weight in (scaled.args, scaled.args[::-1]):

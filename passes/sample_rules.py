@@ -27,7 +27,9 @@ def eval_batch_norm(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor,
     return (x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)).to(x.dtype)
 
 
-def _batch_norm(x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, cudnn: bool = False) -> Tensor:
+def _batch_norm(
+    x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, cudnn: bool = False
+) -> Any:
     if training or mean is None or var is None:
         return aten.batch_norm.default(x, w, b, mean, var, training, momentum, eps, cudnn)
     return eval_batch_norm(x, w, b, mean, var, eps)
@@ -37,14 +39,14 @@ def _legit_no_training(x: Tensor, w: Any, b: Any, mean: Tensor, var: Tensor, mom
     return eval_batch_norm(x, w, b, mean, var, eps), x.new_zeros(0), x.new_zeros(0)
 
 
-def _adaptive_avg_pool1d(x: Tensor, size: list[int]) -> Tensor:
+def _adaptive_avg_pool1d(x: Tensor, size: list[int]) -> Any:
     """``[N, C, L] -> [N, C, size]``; a single cell is a mean, the rest the 2-D pool over a height of one."""
     if list(size) == [1]:
         return x.mean(-1, keepdim=True)
     return aten.adaptive_avg_pool2d.default(x.unsqueeze(-2), [1, *size]).squeeze(-2)
 
 
-def _adaptive_avg_pool2d(x: Tensor, size: list[int]) -> Tensor:
+def _adaptive_avg_pool2d(x: Tensor, size: list[int]) -> Any:
     if list(size) == [1, 1]:
         return x.mean((-2, -1), keepdim=True)
     return aten.adaptive_avg_pool2d.default(x, size)

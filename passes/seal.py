@@ -39,7 +39,9 @@ def split(joint: JointGraph) -> tuple[JointGraph, JointGraph]:
     for entry in joint.with_role(Role.NOISE):
         graph.erase_node(next(n for n in graph.nodes if n.op == "placeholder" and n.name == entry.name))
     inputs = tuple(i for i in joint.inputs if i.role is not Role.NOISE)
-    first = dataclasses.replace(joint, module=finish(graph), inputs=inputs, facts=frozenset({Fact.FUNCTIONAL, Fact.PARTIAL}))
+    first = dataclasses.replace(
+        joint, module=finish(graph), inputs=inputs, facts=frozenset({Fact.FUNCTIONAL, Fact.PARTIAL})
+    )
     facts.partial(first)
     tail = fx.Graph()
     accumulator, z = tail.placeholder("accumulator"), tail.placeholder("noise")
@@ -49,7 +51,9 @@ def split(joint: JointGraph) -> tuple[JointGraph, JointGraph]:
     total = tail.call_function(aten.add.Tensor, (accumulator, scaled))
     tail.output((tail.call_function(aten.div.Scalar, (total, div.args[1])),))
     ends = (Input("accumulator", Role.ACCUMULATOR, "accumulator"), Input("noise", Role.NOISE, "noise"))
-    second = dataclasses.replace(joint, module=finish(tail), inputs=ends, state={}, facts=frozenset({Fact.FUNCTIONAL, Fact.NOISED}))
+    second = dataclasses.replace(
+        joint, module=finish(tail), inputs=ends, state={}, facts=frozenset({Fact.FUNCTIONAL, Fact.NOISED})
+    )
     check_update(second)
     return first, second
 

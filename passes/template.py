@@ -19,17 +19,27 @@ from .joint_graph import JointGraph, Role
 
 aten = torch.ops.aten
 LARGEST_SQUARED_NORM = 1e60
+# Positional arguments of the operators of the template; two where not listed. One more could be `keepdim` or `alpha`.
+ARITY = {aten.reciprocal.default: 1, aten.sqrt.default: 1, aten._to_copy.default: 1, aten.where.ScalarOther: 3}
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def expect(node: Any, target: Any, what: str, users: int | None = 1, **kwargs: Any) -> fx.Node:
-    """The node, if it is a call of ``target`` with exactly these keyword arguments and this many users."""
+    """The node, if it is a call of ``target`` with exactly these options, no argument too many and this many users."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not target:
         found = getattr(node, "target", node)
         raise SealBroken(f"{what}: expected {target}, found {found}.")
     if dict(node.kwargs) != kwargs:
         raise SealBroken(f"{what}: {target} has the options {dict(node.kwargs)}, expected {kwargs}.")
+    if len(node.args) != ARITY.get(target, 2):
+        raise SealBroken(f"{what}: {target} has {len(node.args)} arguments; a scale or an option was added.")
     if users is not None and len(node.users) != users:
-        raise SealBroken(f"{what}: {node.name} is used {len(node.users)} times, expected {users}; a second use could leave the graph.")
+        raise SealBroken(
+            f"{what}: {node.name} is used {len(node.users)} times, expected {users}; a second use could leave the graph."
+        )
     return node
 
 
@@ -63,8 +73,6 @@ def match_noise(joint: JointGraph) -> fx.Node:
     div = expect(single_output(joint), aten.div.Scalar, "denominator")
     constant(div.args[1], joint.noise.expected_batch_size, "denominator")
     noisy = expect(div.args[0], aten.add.Tensor, "noise")
-    if len(noisy.args) != 2:
-        raise SealBroken("noise: the addition of the noise is scaled.")
     scaled = expect(noisy.args[1], aten.mul.Scalar, "noise")
     constant(scaled.args[1], joint.noise.noise_multiplier * joint.clipping.sensitivity, "noise scale sigma * R")
     placeholder(joint, Role.NOISE, scaled.args[0], 1, "noise")
@@ -76,12 +84,12 @@ def match_noise(joint: JointGraph) -> fx.Node:
 def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     """Matches the clip tail at ``result`` and returns the per-sample gradient nodes, one per target."""
     clipping = joint.clipping
+    if clipping is None:
+        raise SealBroken("The graph carries no clipping; its sensitivity is unbounded.")
     result = expect(result, aten.add.Tensor, "accumulation")
-    if len(result.args) != 2:
-        raise SealBroken("accumulation: the sum is scaled after the clip.")
     placeholder(joint, Role.ACCUMULATOR, result.args[0], 1, "accumulation")
     total = expect(result.args[1], aten.reshape.default, "weighted sum")
-    if list(total.args[1]) != [joint.num_trainable]:  # type: ignore[call-overload]
+    if as_list(total.args[1]) != [joint.num_trainable]:
         raise SealBroken("weighted sum: the sum does not have one entry per trainable coordinate.")
     product = expect(total.args[0], aten.mm.default, "weighted sum")
     rows = expect(product.args[1], aten.where.ScalarOther, "non-finite rows")
@@ -103,14 +111,11 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     constant(finite.args[1], LARGEST_SQUARED_NORM, "finite norms")
     squared = expect(finite.args[0], aten.sum.dim_IntList, "norm", users=2)
     factor = expect(kept.args[1], aten.mul.Scalar, "clip factor")
-    assert clipping is not None
     constant(factor.args[1], clipping.max_grad_norm, "clip factor R")
     reciprocal = expect(factor.args[0], aten.reciprocal.default, "clip factor")
     if isinstance(clipping, AutomaticClipping):
         below = expect(reciprocal.args[0], aten.add.Scalar, "clip factor")
         constant(below.args[1], clipping.gamma, "clip factor gamma")
-        if len(below.args) != 2:
-            raise SealBroken("clip factor: gamma is scaled.")
     elif type(clipping) is FlatClipping:
         below = expect(reciprocal.args[0], aten.clamp_min.default, "clip factor")
         constant(below.args[1], clipping.max_grad_norm, "clip factor R")
@@ -119,7 +124,7 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     norm = expect(below.args[0], aten.sqrt.default, "norm")
     if norm.args[0] is not squared:
         raise SealBroken("norm: the finite test and the factor use different norms.")
-    if list(squared.args[1]) != [1]:  # type: ignore[call-overload]
+    if as_list(squared.args[1]) != [1]:
         raise SealBroken("norm: the squares are not summed over each sample's own row.")
     square = expect(squared.args[0], aten.mul.Tensor, "norm")
     wide = expect(square.args[0], aten._to_copy.default, "norm", users=1, dtype=torch.float64)
@@ -134,13 +139,15 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     else:
         side = expect(side, aten.cat.default, "gradients", users=2)
     constant(side.args[1], 1, "gradients")
-    pieces = list(side.args[0])  # type: ignore[arg-type]
+    pieces = as_list(side.args[0])
     if len(pieces) != len(joint.targets):
-        raise SealBroken(f"gradients: {len(pieces)} gradients for {len(joint.targets)} trainables; a parameter was dropped or added.")
+        raise SealBroken(
+            f"gradients: {len(pieces)} gradients for {len(joint.targets)} trainables; a parameter was dropped or added."
+        )
     found = []
     for piece, target in zip(pieces, joint.targets, strict=True):
         view = expect(piece, aten.reshape.default, f"gradient of {target.name}")
-        if list(view.args[1]) != [-1, target.numel]:  # type: ignore[call-overload]
+        if as_list(view.args[1]) != [-1, target.numel]:
             raise SealBroken(f"gradient of {target.name}: it does not have {target.numel} entries per sample.")
         if not isinstance(view.args[0], fx.Node):
             raise SealBroken(f"gradient of {target.name}: it is not computed in the graph.")

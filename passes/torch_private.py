@@ -58,6 +58,25 @@ def is_op(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def has_effect(target: Any) -> bool:
+    """Whether an operator prints, raises or turns into a Python number what its tensors hold; shape asserts do not."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name
+    if name in ("aten::_assert_tensor_metadata", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size"):
+        return False
+    asserts = name.startswith("aten::_functional_assert")
+    return asserts or not target._schema.returns or torch.Tag.data_dependent_output in target.tags
+
+
+def returns_several(target: Any) -> bool:
+    """Whether an operator returns a tuple or a list, which ``operator.getitem`` then takes apart."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    returns = target._schema.returns
+    return len(returns) > 1 or (len(returns) == 1 and isinstance(returns[0].type, torch.ListType))
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers; fused attention does only with a dropout probability above zero."""
     target = node.target
@@ -67,7 +86,7 @@ def is_random(node: fx.Node) -> bool:
     if "dropout_p" not in names:
         return True
     at = names.index("dropout_p")
-    return (node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0
+    return bool((node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0)
 
 
 def argument_names(target: Any) -> list[str]:

@@ -123,7 +123,9 @@ def select(model: nn.Module, trainable: str | tuple[str, ...], placeholders: dic
                     f"{name} was asked for by its full name, but the loss does not use it, so it gets no gradient. "
                     "Leave it out of `trainable`, or use it in the model or the loss."
                 )
-    targets = tuple(Target(n, tuple(p.shape), p.dtype, rules[n]) for n, p in params.items() if n in rules and n not in unused)
+    targets = tuple(
+        Target(n, tuple(p.shape), p.dtype, rules[n]) for n, p in params.items() if n in rules and n not in unused
+    )
     if not targets:
         raise CompileRefused(
             f"{type(model).__name__} has no parameter for trainable={trainable!r} that the loss uses: nothing would be "
