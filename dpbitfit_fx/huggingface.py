@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def default_trainable(model: nn.Module) -> list[str]:
     return ["bias", "head.*"] if isinstance(model, MeanPooledClassifier) else ["bias"]
 
 
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars and load reports from transformers: what matters of them is checked here, and said once."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _transformers() -> Any:
     try:
         import transformers
@@ -160,28 +176,29 @@ def load_classifier(path: str | os.PathLike[str], num_labels: int, labels: Seque
         )
     transformers = _transformers()
     try:
-        declared = json.loads(read_text(folder / "config.json"))
-        architectures = declared.get("architectures") or [""]
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        ready = str(architectures[0]).endswith("ForSequenceClassification") and config.num_labels == num_labels
-        options: dict[str, Any] = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "trust_remote_code": False,
-            "output_loading_info": True,
-        }
-        if ready:
-            if config.pad_token_id is None:
-                config.pad_token_id = config.eos_token_id
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, **options
-            )
-        else:
-            base = transformers.MODEL_MAPPING.get(type(config), None)
-            base = base[0] if isinstance(base, tuple) else base
-            if base is not None and "add_pooling_layer" in inspect.signature(base.__init__).parameters:
-                options["add_pooling_layer"] = False  # its bias would be trained and never used
-            model, info = transformers.AutoModel.from_pretrained(folder, **options)
+        with _quiet(transformers):
+            declared = json.loads(read_text(folder / "config.json"))
+            architectures = declared.get("architectures") or [""]
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            ready = str(architectures[0]).endswith("ForSequenceClassification") and config.num_labels == num_labels
+            options: dict[str, Any] = {
+                "local_files_only": True,
+                "use_safetensors": True,
+                "trust_remote_code": False,
+                "output_loading_info": True,
+            }
+            if ready:
+                if config.pad_token_id is None:
+                    config.pad_token_id = config.eos_token_id
+                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    folder, config=config, **options
+                )
+            else:
+                base = transformers.MODEL_MAPPING.get(type(config), None)
+                base = base[0] if isinstance(base, tuple) else base
+                if base is not None and "add_pooling_layer" in inspect.signature(base.__init__).parameters:
+                    options["add_pooling_layer"] = False  # its bias would be trained and never used
+                model, info = transformers.AutoModel.from_pretrained(folder, **options)
     except DPBitFitError:
         raise
     except Exception as error:
