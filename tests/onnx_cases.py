@@ -21,7 +21,7 @@ def bert() -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], dict[st
     config = transformers.BertConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=60
     )
-    model = transformers.BertForSequenceClassification(config).eval()
+    model = transformers.BertForSequenceClassification(config).train(False)
     data = {
         "input_ids": torch.randint(2, 60, (ROWS, 11)),
         "attention_mask": torch.ones(ROWS, 11, dtype=torch.long),
@@ -44,7 +44,7 @@ def gpt2() -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], dict[st
     config = transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0
     )
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).train(False)
 
     def loss(m: Any, b: Any) -> torch.Tensor:
         logits = m(b["input_ids"], use_cache=False).logits[:, :-1]
@@ -59,10 +59,9 @@ def resnet() -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], dict[
     import transformers
 
     torch.manual_seed(2)
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3
-    )
-    model = transformers.ResNetForImageClassification(config).eval()
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    config.num_labels = 3
+    model = transformers.ResNetForImageClassification(config).train(False)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, 0, 0.1)  # type: ignore[arg-type]

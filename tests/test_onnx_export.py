@@ -182,7 +182,7 @@ def test_lowered_attention_equals_the_fused_kernel_even_where_every_key_is_maske
         want, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
         graph = torch.fx.Graph()
         holes = [graph.placeholder(n) for n in ("q", "k", "v", "mask")]
-        extra = {"attn_mask": holes[3] if bias is not None else None}
+        extra: dict[str, Any] = {"attn_mask": holes[3] if bias is not None else None}
         op = aten._scaled_dot_product_flash_attention_for_cpu.default
         graph.output(graph.call_function(op, (*holes[:3], 0.0, causal), extra))
         got = Lowered(torch.fx.GraphModule(torch.nn.Module(), graph))(q, k, v, mask)[0]

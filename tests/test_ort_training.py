@@ -112,7 +112,8 @@ def test_a_run_without_torch_resumes_exactly_and_its_biases_load_back(target: st
     step, data = compiled("mlp")
     export = export_ort_training if target == "ort_training" else dpb.export_onnx
     export(step, tmp_path / "artifacts", optimizer=ADAMW)
-    np.savez(tmp_path / "data.npz", **{k: v.numpy() for k, v in data.items()})
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in data.items()}
+    np.savez(tmp_path / "data.npz", **arrays)
     out = tmp_path / "out"
     command = [sys.executable, "-c", RUN, str(tmp_path / "artifacts"), str(tmp_path / "data.npz"), str(out)]
     root = Path(dpb.__file__).resolve().parent.parent
