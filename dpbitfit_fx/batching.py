@@ -435,7 +435,8 @@ class PhysicalBatches:
     def load(self, row: int, secret: bytes) -> tuple[int, dict[str, torch.Tensor]]:
         """One record, alone; randomness in the dataset or collator comes from (secret, row) only."""
         digest = hashlib.sha256(secret + row.to_bytes(8, "big")).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        # Not torch.manual_seed: without a GPU it queues a call per accelerator, with a stack trace, at every record.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
         random.seed(digest[8:16])
         np.random.seed(int.from_bytes(digest[16:20], "big"))
         return self.layout.row(load_item(self.dataset, self.collate_fn, row), row)

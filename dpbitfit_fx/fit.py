@@ -580,6 +580,7 @@ def fit(
     callbacks: Sequence[Callable[[StepInfo], None]] = (),
     tuning_covered: bool = False,
     public_declarations: Mapping[str, Any] | None = None,
+    public_tensors: bool = False,
     insecure_seed_for_tests: int | None = None,
 ) -> FitResult:
     """Trains `model` in place with differential privacy, and says what it cost.
@@ -617,6 +618,7 @@ def fit(
         callbacks: called with a StepInfo after every step.
         tuning_covered: declares that hyper-parameters were not tuned on these records (or that `prior` counts it).
         public_declarations: what else was declared public (a label set, say), kept in privacy.json.
+        public_tensors: declares the tensors that `loss_fn` captures to be public; otherwise they are refused.
         insecure_seed_for_tests: a known seed for the draws and the noise: **no privacy at all**.
 
     Raises:
@@ -666,6 +668,7 @@ def fit(
                 trainable=trainable,
                 clipping=clipping,
                 backend=backend,
+                public_tensors=public_tensors,
                 collate_fn=collate_fn,
                 padded_lengths=padded_lengths,
                 pad_values=pad_values,
@@ -795,15 +798,20 @@ def build_engine(
     sigma: float,
     expected_batch_size: float,
     *,
-    physical_batch_size: int | Sequence[int],
-    trainable: str | Sequence[str],
+    physical_batch_size: int | Sequence[int] = 32,
+    trainable: str | Sequence[str] = "bias",
     clipping: Clipping,
-    backend: str,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    padded_lengths: Any,
-    pad_values: Mapping[str, float] | float | None,
-    example_batch: Any,
+    backend: str = "eager",
+    public_tensors: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    padded_lengths: Any = None,
+    pad_values: Mapping[str, float] | float | None = None,
+    example_batch: Any = None,
 ) -> Engine:
+    """One step compiled per padded length, and the batches for them: everything of `fit` that touches a gradient.
+
+    `sampler` draws over the records that are really there; the other arguments are those of `fit`.
+    """
     from dpbitfit_fx.compile import compile as compile_step
 
     if example_batch is None:
@@ -823,6 +831,7 @@ def build_engine(
             trainable=selection,
             clipping=clipping,
             backend=backend,
+            public_tensors=public_tensors,
         )
         for example in examples
     ]

@@ -60,7 +60,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     """Six processes, each killed with SIGKILL at another moment."""
     root = tmp_path_factory.mktemp("killed")
     script = Path(__file__).with_name("fit_cases.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for moments in (MOMENTS[::2], MOMENTS[1::2]):
         processes = [
             subprocess.Popen([sys.executable, str(script), str(root / moment), moment], env=environment)
