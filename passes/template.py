@@ -20,7 +20,12 @@ from .joint_graph import JointGraph, Role
 aten = torch.ops.aten
 LARGEST_SQUARED_NORM = 1e60
 # Positional arguments of the operators of the template; two where not listed. One more could be `keepdim` or `alpha`.
-ARITY = {aten.reciprocal.default: 1, aten.sqrt.default: 1, aten._to_copy.default: 1, aten.where.ScalarOther: 3}
+ARITY: dict[Any, int] = {
+    aten.reciprocal.default: 1,
+    aten.sqrt.default: 1,
+    aten._to_copy.default: 1,
+    aten.where.ScalarOther: 3,
+}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -1,0 +1,257 @@
+"""The clipped sum and the released gradient, against an oracle in float64 that is written without tensors' tricks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dpbitfit_fx.compile import PrivateStep
+from dpbitfit_fx.compile import compile as compile_step
+from dpbitfit_fx.errors import CompileRefused, SealBroken
+from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping, FlatClipping
+from dpbitfit_fx.passes.errors import DPBitFitError
+
+R, SIGMA, N = 0.5, 1.25, 16.0
+CLIPPINGS = [FlatClipping(R), AutomaticClipping(R), AutomaticClipping(R, gamma=1e-6)]
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6, dtype=dtype)
+        self.outer = nn.Linear(6, 2, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.outer(torch.tanh(self.inner(x)))
+        return result
+
+
+def weighted_loss(model: Any, batch: Any) -> Tensor:
+    """A loss per sample times its own weight: the gradient has whatever scale the weight says."""
+    squares: Tensor = model(batch["x"]).square().sum(1) + model(batch["x"]).sum(1)
+    losses: Tensor = squares * batch["weight"]
+    return losses
+
+
+def points(size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    return {"x": x.to(dtype), "weight": torch.ones(size, dtype=dtype)}
+
+
+def make(clipping: Clipping, dtype: torch.dtype = torch.float32) -> PrivateStep:
+    torch.manual_seed(0)
+    return compile_step(TwoLayers(dtype), weighted_loss, points(3, dtype=dtype), clipping=clipping)
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[Clipping, PrivateStep]:
+    return {clipping: make(clipping) for clipping in CLIPPINGS}
+
+
+def flat(step: PrivateStep, batch: Any, mask: Tensor | None = None) -> Tensor:
+    size = batch["x"].shape[0]
+    return step.accumulate(batch, torch.ones(size) if mask is None else mask, step.zero_accumulator())
+
+
+def oracle(step: PrivateStep, batch: Any, mask: list[float], clipping: Clipping) -> tuple[list[float], float]:
+    """A Python loop over samples and coordinates in float64, from the per-sample gradients; and the sum of the norms."""
+    gradients = step.per_sample_gradients(batch)
+    total, norms = [0.0] * step.num_trainable, 0.0
+    for row in range(len(mask)):
+        values = [v for name in step.trainable_names for v in gradients[name][row].double().flatten().tolist()]
+        norm = math.sqrt(math.fsum(v * v for v in values))
+        if mask[row] == 0 or not math.isfinite(norm) or norm >= 1e30:
+            continue
+        if isinstance(clipping, AutomaticClipping):
+            factor = clipping.max_grad_norm / (norm + clipping.gamma)
+        else:
+            factor = min(1.0, clipping.max_grad_norm / norm) if norm else 1.0
+        total = [t + factor * v for t, v in zip(total, values, strict=True)]
+        norms += factor * norm
+    return total, norms
+
+
+exponents = st.lists(st.floats(-20, 20), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+@settings(max_examples=40)
+@given(scales=exponents, seed=st.integers(0, 9), present=st.integers(0, 63))
+def test_the_clipped_sum_is_that_of_a_python_loop_in_float64_at_every_gradient_scale(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping, scales: list[float], seed: int, present: int
+) -> None:
+    step, size = steps[clipping], len(scales)
+    batch = points(size, seed)
+    batch["weight"] = torch.tensor([10.0**s for s in scales])
+    mask = [float(present >> row & 1) for row in range(size)]
+    ours = flat(step, batch, torch.tensor(mask)).double()
+    theirs, norms = oracle(step, batch, mask, clipping)
+    assert (ours - torch.tensor(theirs, dtype=torch.float64)).norm().item() <= 1e-6 * norms
+    assert ours.norm().item() <= R * sum(mask) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("clipping", [FlatClipping(R), AutomaticClipping(R)], ids=repr)
+def test_a_float64_model_is_clipped_in_float64(clipping: Clipping) -> None:
+    step = make(clipping, torch.float64)
+    batch = points(5, 1, torch.float64)
+    theirs, norms = oracle(step, batch, [1.0] * 5, clipping)
+    ours = flat(step, batch)
+    assert ours.dtype == torch.float64
+    assert (ours - torch.tensor(theirs, dtype=torch.float64)).norm().item() <= 1e-14 * norms
+
+
+def test_a_gradient_shorter_than_r_is_left_as_it_is_by_flat_clipping(steps: dict[Clipping, PrivateStep]) -> None:
+    step = steps[FlatClipping(R)]
+    batch = points(1)
+    batch["weight"] = torch.tensor([1e-3])
+    gradients = step.per_sample_gradients(batch)
+    raw = torch.cat([gradients[n].flatten() for n in step.trainable_names])
+    assert raw.norm() < R and torch.allclose(flat(step, batch), raw, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+@pytest.mark.parametrize(
+    ("where", "poison"),
+    [(w, float(p)) for w in ("x", "weight") for p in ("nan", "inf", "-inf")] + [("weight", 3.4e38)],
+)
+def test_a_row_with_a_non_finite_gradient_contributes_exactly_zero(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping, where: str, poison: float
+) -> None:
+    step = steps[clipping]
+    batch, clean = points(4), points(4)
+    batch[where][1] = poison
+    gradients = step.per_sample_gradients(batch)
+    assert not all(torch.isfinite(g[1]).all() and g[1].abs().max() < 1e30 for g in gradients.values())
+    result = flat(step, batch)
+    assert torch.isfinite(result).all()
+    assert torch.equal(result, flat(step, clean, torch.tensor([1.0, 0.0, 1.0, 1.0])))
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+@pytest.mark.parametrize("garbage", [0.0, 1e30, float("nan"), float("inf")])
+def test_a_masked_row_contributes_exactly_zero_whatever_it_holds(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping, garbage: float
+) -> None:
+    step = steps[clipping]
+    batch = points(3)
+    batch["x"][2], batch["weight"][2] = garbage, garbage
+    kept = flat(step, batch, torch.tensor([1.0, 1.0, 0.0]))
+    assert torch.equal(kept, flat(step, points(3), torch.tensor([1.0, 1.0, 0.0])))
+    start = torch.randn(step.num_trainable)
+    assert torch.equal(step.accumulate(batch, torch.zeros(3), start), start)
+
+
+def test_the_mask_says_present_or_absent_and_never_scales(steps: dict[Clipping, PrivateStep]) -> None:
+    step = steps[FlatClipping(R)]
+    for value in (1e-30, 0.5, 2.0, 1e30, -1.0, float("nan"), float("inf")):
+        assert torch.equal(flat(step, points(3), torch.full((3,), value)), flat(step, points(3)))
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+@settings(max_examples=20)
+@given(cuts=st.lists(st.integers(1, 11), max_size=4), seed=st.integers(0, 5))
+def test_accumulating_adds_up_over_every_split_of_a_batch(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping, cuts: list[int], seed: int
+) -> None:
+    step, batch = steps[clipping], points(12, seed)
+    edges = [0, *sorted(set(cuts)), 12]
+    total = step.zero_accumulator()
+    for start, end in itertools.pairwise(edges):
+        before = total.clone()
+        result = step.accumulate({k: v[start:end] for k, v in batch.items()}, torch.ones(end - start), total)
+        assert torch.equal(total, before), "accumulate returns a new tensor"
+        total = result
+    assert (total - flat(step, batch)).norm() <= 1e-6 * 12 * R
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+@settings(max_examples=40)
+@given(scales=st.lists(st.floats(-20, 20), min_size=2, max_size=12), seed=st.integers(0, 99), left_out=st.integers(0, 11))
+def test_leaving_one_record_out_moves_the_sum_by_at_most_r(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping, scales: list[float], seed: int, left_out: int
+) -> None:
+    step, size = steps[clipping], len(scales)
+    batch = points(size, seed)
+    batch["weight"] = torch.tensor([10.0**s for s in scales])
+    rest = [row for row in range(size) if row != left_out % size]
+    without = {k: v[rest] for k, v in batch.items()}
+    assert (flat(step, batch).double() - flat(step, without).double()).norm().item() <= R * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+def test_replacing_one_record_moves_the_sum_by_at_most_two_r_and_can_come_close(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping
+) -> None:
+    step, batch, other = steps[clipping], points(4), points(4)
+    batch["weight"][0], other["weight"][0] = 1e6, -1e6
+    distance = (flat(step, batch).double() - flat(step, other).double()).norm().item()
+    assert 1.99 * R < distance <= 2 * R * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
+def test_privatize_is_the_accumulator_plus_sigma_r_z_over_n(steps: dict[Clipping, PrivateStep], clipping: Clipping) -> None:
+    step = steps[clipping].with_noise(SIGMA, N)
+    accumulator, z = flat(step, points(5)), torch.randn(step.num_trainable)
+    by_hand = [(a + SIGMA * R * n) / N for a, n in zip(accumulator.tolist(), z.tolist(), strict=True)]
+    assert torch.allclose(step.privatize(accumulator, z).double(), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6)
+    assert torch.equal(step.privatize(accumulator, torch.zeros_like(z)), accumulator / N)
+    quiet = step.privatize(step.zero_accumulator(), z)
+    assert torch.equal(quiet, z * (SIGMA * R) / N), "an empty batch takes a full noisy step"
+
+
+def test_noise_changes_nothing_but_the_noise(steps: dict[Clipping, PrivateStep]) -> None:
+    step = steps[FlatClipping(R)]
+    noisy = step.with_noise(SIGMA, N)
+    assert torch.equal(flat(step, points(5)), flat(noisy, points(5)))
+    assert noisy.graph_hash != step.graph_hash != noisy.with_noise(SIGMA * 2, N).graph_hash
+
+
+def test_without_noise_nothing_is_released(steps: dict[Clipping, PrivateStep]) -> None:
+    step = steps[FlatClipping(R)]
+    with pytest.raises(SealBroken, match="no noise, so nothing may leave"):
+        step.privatize(step.zero_accumulator(), torch.zeros(step.num_trainable))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "denominator"),
+    [(0.0, N), (-1.0, N), (float("nan"), N), (float("inf"), N), (1.0, 0.0), (1.0, -2.0), (1.0, float("nan"))],
+)
+def test_a_scale_that_is_no_noise_is_refused(
+    steps: dict[Clipping, PrivateStep], sigma: float, denominator: float
+) -> None:
+    with pytest.raises(DPBitFitError, match=r"noise_multiplier|expected_batch_size"):
+        steps[FlatClipping(R)].with_noise(sigma, denominator)
+
+
+def test_shapes_that_would_broadcast_are_refused(steps: dict[Clipping, PrivateStep]) -> None:
+    step = steps[FlatClipping(R)].with_noise(SIGMA, N)
+    zero = step.zero_accumulator()
+    for wrong in (torch.zeros(1), torch.zeros(()), zero.double(), torch.zeros(2, step.num_trainable)):
+        with pytest.raises(CompileRefused, match="expected"):
+            step.privatize(zero, wrong)
+        with pytest.raises(CompileRefused, match="expected"):
+            step.accumulate(points(3), torch.ones(3), wrong)
+    for mask in (torch.ones(1), torch.ones(4), torch.ones(3, 3)):
+        with pytest.raises(CompileRefused, match="sample_mask"):
+            step.accumulate(points(3), mask, zero)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), True, 1e7, "1"])
+def test_a_bound_that_bounds_nothing_is_refused(bound: Any) -> None:
+    for kind in (FlatClipping, AutomaticClipping):
+        with pytest.raises(ValueError, match="max_grad_norm"):
+            kind(bound)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -0.01, float("nan"), float("inf"), True])
+def test_a_gamma_that_divides_by_nothing_is_refused(gamma: Any) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        AutomaticClipping(1.0, gamma=gamma)
