@@ -24,6 +24,7 @@ from . import closures, recurrent_rules, sample_rules, trainables
 from .attention_rule import attention
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
+from .model_state import untouched
 from .torch_private import (
     argument_names,
     is_random,
@@ -114,7 +115,7 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
         raise CompileRefused("example_batch needs at least 2 samples, made up or public, so that mixing can be seen.")
     whole = _Whole(source, spec, constants, len(tensors) + len(constants))
     one = tuple(x[:1].detach().clone() for x in tensors)
-    with _dropout_off(source.model), warnings.catch_warnings():
+    with untouched(source.model), _dropout_off(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(whole, one, strict=False)
@@ -146,7 +147,7 @@ def capture(source: Source) -> JointGraph:
         for s, n in zip(specs, placeholders, strict=True)
         if s.kind is InputKind.PARAMETER
     }
-    _refuse_loss_shape(module.graph.output_node().args[0])
+    _refuse_loss_shape(next(n for n in module.graph.nodes if n.op == "output").args[0])
     selection = trainables.select(source.model, source.trainable, by_name)
     chosen = [t.name for t in selection.targets]
     roles, targets = [], []
@@ -206,8 +207,9 @@ def refuse_train_mode_batchnorm(model: nn.Module) -> None:
             module.training or not module.track_running_stats
         ):
             raise CompileRefused(
-                f"{name or 'the model'} ({type(module).__name__}) is in train mode: it mixes the samples of a batch and its "
-                "running statistics would absorb private data without noise. Call model.eval() (or that module's .eval()) "
+                f"{name or 'the model'} ({type(module).__name__}) "
+                f"{'is in train mode' if module.training else 'keeps no running statistics'}: it mixes the samples of a "
+                "batch, and running statistics would absorb private data without noise. Call model.eval() (or that module's .eval()) "
                 "before compile, or replace it by GroupNorm."
             )
 
@@ -279,9 +281,10 @@ def _random(node: fx.Node, place: str) -> str:
     )
 
 
-def _find_operator(module: fx.GraphModule, op: str) -> str:
+def _find_operator(module: nn.Module, op: str) -> str:
     stem = op.replace("_backward", "").strip("_")
-    for node in module.graph.nodes:
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else []
+    for node in nodes:
         if node.op == "call_function" and stem in str(node.target):
             return where(node)
     return ""

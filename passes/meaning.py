@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import CompileRefused
 from .joint_graph import JointGraph, Role, Source
+from .model_state import untouched
 from .torch_private import tree_flatten, tree_unflatten
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -22,10 +23,12 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
     assert joint.source is not None
     kinds = {"per sample", "mean", "sum"}
-    for batch in _probes(joint.source):
-        kinds &= _compare(joint, batch)
-        if not kinds:
-            raise CompileRefused(_mixing(joint, batch, "its scalar loss is neither always the mean nor always the sum"))
+    with untouched(joint.source.model):
+        for batch in _probes(joint.source):
+            kinds &= _compare(joint, batch)
+            if not kinds:
+                what = "its scalar loss is neither always the mean nor always the sum"
+                raise CompileRefused(_mixing(joint, batch, what))
     return joint
 
 
@@ -73,7 +76,7 @@ def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
-    source, size = joint.source, batch[0].shape[0]
+    source, size, coarse = joint.source, batch[0].shape[0], _rounds_to(joint)
     assert source is not None
     params = dict(source.model.named_parameters())
     chosen = [params[t.name] for t in joint.targets]
@@ -103,9 +106,9 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
                     {"per sample"},
                 )
                 objective = (loss * weights.to(loss)).sum()
-                same = _close(loss.detach(), captured)
+                same = _close(loss.detach(), captured, coarse)
             elif loss.dim() == 0:
-                mean, total = _close(loss.detach(), captured.mean()), _close(loss.detach(), captured.sum())
+                mean, total = (_close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
                 kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
                 same = bool(kinds)
                 scale = 1.0 / size if "mean" in kinds else 1.0
@@ -145,14 +148,21 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
         (g.double().flatten(1).norm(dim=1) * w.double()).sum()
         for g, w in [(torch.cat([x.flatten(1) for x in gradients], 1), weights)]
     )
-    tolerance = max(TOLERANCE.get(p.dtype, 1e-3) for p in chosen)
+    tolerance = max(TOLERANCE.get(dtype, 1e-3) for dtype in (coarse, *(p.dtype for p in chosen)))
     if not bool((flat_ours - flat_theirs).norm() <= tolerance * sizes + 1e-12):
         raise CompileRefused(_mixing(joint, batch, "gradients of the batch differ from those of each sample alone"))
     return kinds
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    tolerance = TOLERANCE.get(a.dtype, 1e-3) * (0.1 if a.dtype is torch.float32 else 1.0)
+def _rounds_to(joint: JointGraph) -> torch.dtype:
+    """float32 when the graph casts to it somewhere (LLaMA's norms do, in a float64 model too), else float64."""
+    casts = (x for n in joint.module.graph.nodes for x in (*n.args, *n.kwargs.values()))
+    return torch.float32 if any(x is torch.float32 for x in casts) else torch.float64
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, coarse: torch.dtype = torch.float64) -> bool:
+    dtype = coarse if a.dtype is torch.float64 else a.dtype
+    tolerance = TOLERANCE.get(dtype, 1e-3) * (0.1 if dtype is torch.float32 else 1.0)
     return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 

@@ -1,0 +1,107 @@
+"""The user's model stays as it was: what a forward writes into its modules is put back, and refused (design §4)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CompileRefused
+
+CONTAINERS = (list, dict, set)
+
+
+def _holds_tensor(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth and isinstance(value, dict):
+        return any(_holds_tensor(v, depth - 1) for v in value.values())
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return any(_holds_tensor(v, depth - 1) for v in value)
+    return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two shallow copies of a container hold the same objects."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+    return len(a) == len(b) and (isinstance(a, set) or all(x is y for x, y in zip(a, b, strict=True)))
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _version(x: torch.Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
+
+
+class _Kept:
+    """Shallow copies of one module's attributes, buffers and containers, and the contents of its buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        hidden = {k for k in self.attributes if k.startswith("_") and isinstance(self.attributes[k], dict)}
+        self.contents = {
+            k: type(v)(v)
+            for k, v in self.attributes.items()
+            if type(v) in CONTAINERS and k not in hidden - {"_buffers", "_parameters"}
+        }
+        self.buffers = {k: b.detach().clone() for k, b in module._buffers.items() if b is not None}
+        self.versions = {k: _version(module._buffers[k]) for k in self.buffers}
+
+    def restore(self) -> list[str]:
+        """Names of the attributes that had changed; all of them are put back."""
+        changed, now = [], vars(self.module)
+        for key, content in self.contents.items():
+            container = self.attributes[key]
+            if not _same(container, content) and (_holds_tensor(container) or _holds_tensor(content)):
+                if key in ("_buffers", "_parameters"):
+                    names = [k for k in {**container, **content} if container.get(k) is not content.get(k)]
+                else:
+                    names = [key]
+                changed += names
+                _refill(container, content)
+        for key in list(now):
+            before = self.attributes.get(key)
+            if now[key] is not before and (_holds_tensor(now[key]) or _holds_tensor(before)):
+                changed.append(key)
+                if key in self.attributes:
+                    now[key] = before
+                else:
+                    del now[key]
+        for key, content in self.buffers.items():
+            buffer = self.module._buffers[key]
+            if buffer is not None and _version(buffer) != self.versions[key] and not torch.equal(buffer, content):
+                changed.append(key)
+                with torch.no_grad():
+                    buffer.copy_(content)
+        return changed
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Runs the user's code; whatever tensors it left in the model's modules are taken out again, and it is refused."""
+    kept = [(name, _Kept(module)) for name, module in model.named_modules()]
+    found: list[str] = []
+    try:
+        yield
+    finally:
+        for name, module in kept:
+            found += [f"{name}.{key}".lstrip(".") for key in module.restore()]
+        # Also when the body refuses the model for another reason: what it remembers is the cause of that.
+        if found:
+            refuse_written(found[0])
+
+
+def refuse_written(name: str) -> None:
+    raise CompileRefused(
+        f"The model writes {name!r} in forward: a buffer, memory bank or running statistic that would keep private data "
+        f"without noise. Put the module that owns it ({name.rpartition('.')[0] or 'the model'}) in eval mode, or stop it "
+        "from writing."
+    )
