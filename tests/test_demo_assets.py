@@ -65,7 +65,7 @@ def test_a_failing_pip_is_one_paragraph(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_schedule_rises_once_and_ends_near_zero() -> None:
     rates = [Recipe().schedule(60)(step) for step in range(60)]
     assert max(rates) <= 1.0
-    assert 0.0 < rates[-1] < 0.02
+    assert 0.0 < rates[-1] < 0.05
     assert rates.index(max(rates)) <= 6
 
 
