@@ -639,7 +639,7 @@ def export_onnx(
         an input.
         sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
         overwrite: replace an earlier export at ``path``.
-        tolerance: largest relative error of a clipped sum against the PyTorch step.
+        tolerance: largest error of a clipped sum against the PyTorch step, relative to Σ ‖clipped gradient‖.
 
     Returns:
         The folder.

@@ -294,7 +294,7 @@ def export_ort_training(
             gives the mean loss over unmasked rows: on private records that number is private, and no noise protects it.
         sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
         overwrite: replace an earlier export at ``path``.
-        tolerance: largest relative error of a gradient buffer against the PyTorch step.
+        tolerance: largest error of a gradient buffer, relative to Σ ‖clipped gradient‖ of its rows.
 
     Returns:
         The folder. Train from it with ``dpbitfit_fx.ort_runner``, or with ``onnxruntime.training.api`` (then the caller
