@@ -40,6 +40,9 @@ def _drop_identities(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         if node.target in VIEWS and source.target in VIEWS:
+            if node.meta.get("shape") is not None and node.meta["shape"] == source.args[0].meta.get("shape"):
+                node.replace_all_uses_with(source.args[0])
+                continue
             node.args = (source.args[0], *node.args[1:])
         elif node.target is aten.permute.default and list(node.args[1]) == list(range(len(node.args[1]))):
             node.replace_all_uses_with(source)
@@ -67,21 +70,34 @@ def _share(graph: fx.Graph) -> None:
 
 
 def _fuse_linear(graph: fx.Graph, vectors: set[str]) -> None:
+    """A bias [C], or another sum of the same shape (residual and q/k/v gradients), goes into the product as addmm."""
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
             continue
-        for bias, rest in (node.args, node.args[::-1]):
-            if not (isinstance(bias, fx.Node) and isinstance(rest, fx.Node) and bias.name in vectors):
+        for other, rest in (node.args, node.args[::-1]):
+            if not (isinstance(other, fx.Node) and isinstance(rest, fx.Node) and other is not rest):
                 continue
-            if rest.target in VIEWS and isinstance(rest.args[0], fx.Node) and rest.args[0].target is aten.mm.default:
-                mm = rest.args[0]
-                if len(rest.users) == 1 and len(mm.users) == 1:
-                    with graph.inserting_before(node):
-                        fused = graph.call_function(aten.addmm.default, (bias, *mm.args))
-                        view = graph.call_function(aten.reshape.default, (fused, rest.args[1]))
-                    fused.meta.update(mm.meta)
-                    node.replace_all_uses_with(view)
-                    break
+            mm = rest.args[0] if rest.target in VIEWS else None
+            if not (isinstance(mm, fx.Node) and mm.target is aten.mm.default and len(rest.users) == len(mm.users) == 1):
+                continue
+            columns, full, shape = mm.meta.get("shape"), rest.meta.get("shape"), other.meta.get("shape")
+            if columns is None or full is None or shape is None or columns[-1] != full[-1]:
+                continue
+            if other.name in vectors and shape == (columns[-1],):
+                operand = other
+            elif shape == full:
+                with graph.inserting_before(node):
+                    operand = graph.call_function(aten.reshape.default, (other, [-1, columns[-1]]))
+                operand.meta["shape"] = columns
+            else:
+                continue
+            with graph.inserting_before(node):
+                fused = graph.call_function(aten.addmm.default, (operand, *mm.args))
+                view = graph.call_function(aten.reshape.default, (fused, rest.args[1]))
+            fused.meta.update(mm.meta)
+            view.meta["shape"] = full
+            node.replace_all_uses_with(view)
+            break
 
 
 def _fuse_layer_norm_backward(graph: fx.Graph, vectors: set[str]) -> None:

@@ -100,6 +100,9 @@ def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], ba
         for key in ("stack_trace", "nn_module_stack"):
             if x.meta.get(key):
                 mapping[x].meta[key] = x.meta[key]
+        shape = getattr(x.meta.get("val"), "shape", None)
+        if shape is not None:  # at the first of the two sizes: rewrites compare shapes with it
+            mapping[x].meta["shape"] = tuple(int(size) for size in shape)
     return graph
 
 
