@@ -70,7 +70,8 @@ def sentences(count: int = 90) -> list[dict[str, Any]]:
 
 def text_loss(model: Any, batch: Any) -> Tensor:
     logits = model(batch["input_ids"], batch["attention_mask"])
-    return nn.functional.cross_entropy(logits, batch["label"], reduction="none") * batch["weight"]
+    losses: Tensor = nn.functional.cross_entropy(logits, batch["label"], reduction="none") * batch["weight"]
+    return losses
 
 
 def run(folder: Path | str | None, **changes: Any) -> FitResult:
@@ -120,6 +121,10 @@ def _kill_on_call(function: Callable[..., Any], number: int, *, after: bool) -> 
     return wrapped
 
 
+def _replace_in(module: Any, name: str, number: int, *, after: bool) -> None:
+    setattr(module, name, _kill_on_call(getattr(module, name), number, after=after))
+
+
 def main() -> None:
     """`python fit_cases.py FOLDER MOMENT`: the reference run, killed with SIGKILL at that moment."""
     import dpbitfit_fx.checkpoint as checkpoint
@@ -131,11 +136,9 @@ def main() -> None:
     elif moment == "journaled-not-released":
         store.record = _kill_on_call(store.record, 6, after=True)  # type: ignore[method-assign]
     elif moment == "before-commit":
-        text = checkpoint.atomic_write_text
-        checkpoint.atomic_write_text = _kill_on_call(text, 3, after=False)
+        _replace_in(checkpoint, "atomic_write_text", 3, after=False)
     elif moment == "after-commit":
-        text = checkpoint.atomic_write_text
-        checkpoint.atomic_write_text = _kill_on_call(text, 3, after=True)
+        _replace_in(checkpoint, "atomic_write_text", 3, after=True)
     elif moment == "in-optimizer":
         step = torch.optim.Adam.step
         torch.optim.Adam.step = _kill_on_call(step, 8, after=True)  # type: ignore[method-assign]

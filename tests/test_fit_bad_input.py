@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Broken(torch.utils.data.Dataset[Any]):
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
-    pass
+    def __iter__(self) -> Iterator[Any]:
+        return iter(points())
 
 
 class NoBias(nn.Module):

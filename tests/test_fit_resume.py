@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from fit_cases import RECORDS, STEPS, biases, mlp, points, run
 from torch import Tensor
 
+import dpbitfit_fx
 from dpbitfit_fx.accounting import epsilon
 from dpbitfit_fx.biases import load_biases
 from dpbitfit_fx.errors import ArtifactError, CheckpointError
@@ -55,28 +56,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     return biases(run(tmp_path_factory.mktemp("reference") / "out").model)
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Six processes, each killed with SIGKILL at another moment."""
-    root = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("fit_cases.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    for moments in (MOMENTS[::2], MOMENTS[1::2]):
-        processes = [
-            subprocess.Popen([sys.executable, str(script), str(root / moment), moment], env=environment)
-            for moment in moments
-        ]
-        for process in processes:
-            assert process.wait(timeout=240) == -9
-    yield {moment: root / moment for moment in MOMENTS}
-
-
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_after_kill_9_the_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
-    moment: str, killed: dict[str, Path], uninterrupted: Tensor
+    moment: str, tmp_path: Path, uninterrupted: Tensor
 ) -> None:
-    folder = killed[moment]
+    folder = tmp_path / "out"
+    script = Path(__file__).with_name("fit_cases.py")
+    root = str(Path(dpbitfit_fx.__file__).resolve().parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    process = subprocess.run([sys.executable, str(script), str(folder), moment], env=environment, capture_output=True)
+    assert process.returncode == -9, process.stderr.decode()
     for path in (folder / "checkpoint").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.name == "lock"
     result = run(folder)

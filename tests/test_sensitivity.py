@@ -43,7 +43,8 @@ def text_engine(rows: Sequence[Any], clipping: Clipping, physical: Any = (3, 4, 
 
 
 def scaled_loss(model: Any, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * batch["weight"]
+    losses: Tensor = nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * batch["weight"]
+    return losses
 
 
 def scaled_engine(rows: Sequence[Any], clipping: Clipping, physical: int = 8, rate: float = 0.15) -> Engine:
@@ -246,7 +247,8 @@ def test_the_test_itself_would_notice_a_record_that_moves_its_neighbours() -> No
 
     def unmasked(model: Any, batch: Any) -> Tensor:
         logits = model(batch["input_ids"], torch.ones_like(batch["attention_mask"]))
-        return nn.functional.cross_entropy(logits, batch["label"], reduction="none") * batch["weight"]
+        losses: Tensor = nn.functional.cross_entropy(logits, batch["label"], reduction="none") * batch["weight"]
+        return losses
 
     for row in rows:
         row["weight"] = 1e6
