@@ -142,17 +142,20 @@ def capture(source: Source) -> JointGraph:
     module = program.graph_module
     specs = program.graph_signature.input_specs
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    by_name = {
-        str(s.target).removeprefix("model."): n
-        for s, n in zip(specs, placeholders, strict=True)
-        if s.kind is InputKind.PARAMETER
-    }
+    # A tied parameter may be exported under its last name; named_parameters() lists it under its first.
+    first = {id(p): n for n, p in source.model.named_parameters()}
+    named = dict(source.model.named_parameters(remove_duplicate=False))
+    canonical = {f"model.{n}": first[id(p)] for n, p in named.items()}
+    by_name: dict[str, fx.Node] = {}
+    for s, n in zip(specs, placeholders, strict=True):
+        if s.kind is InputKind.PARAMETER and (n.users or canonical[str(s.target)] not in by_name):
+            by_name[canonical[str(s.target)]] = n
     _refuse_loss_shape(next(n for n in module.graph.nodes if n.op == "output").args[0])
     selection = trainables.select(source.model, source.trainable, by_name)
     chosen = [t.name for t in selection.targets]
     roles, targets = [], []
     for s in specs:
-        target = str(s.target or "").removeprefix("model.")
+        target = canonical.get(str(s.target), str(s.target or "").removeprefix("model."))
         is_trainable = s.kind is InputKind.PARAMETER and target in chosen
         roles.append(Role.BATCH if s.kind is InputKind.USER_INPUT else Role.TRAINABLE if is_trainable else Role.FROZEN)
         targets.append(target)
@@ -209,8 +212,8 @@ def refuse_train_mode_batchnorm(model: nn.Module) -> None:
             raise CompileRefused(
                 f"{name or 'the model'} ({type(module).__name__}) "
                 f"{'is in train mode' if module.training else 'keeps no running statistics'}: it mixes the samples of a "
-                "batch, and running statistics would absorb private data without noise. Call model.eval() (or that module's .eval()) "
-                "before compile, or replace it by GroupNorm."
+                "batch, and running statistics would absorb private data without noise. Call model.eval() (or that "
+                "module's .eval()) before compile, or replace it by GroupNorm."
             )
 
 
@@ -283,8 +286,8 @@ def _random(node: fx.Node, place: str) -> str:
 
 def _find_operator(module: nn.Module, op: str) -> str:
     stem = op.replace("_backward", "").strip("_")
-    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else []
-    for node in nodes:
+    assert isinstance(module, fx.GraphModule)
+    for node in module.graph.nodes:
         if node.op == "call_function" and stem in str(node.target):
             return where(node)
     return ""
@@ -325,7 +328,7 @@ def _refuse_loss_shape(outputs: Any) -> None:
     shape = (
         tuple(loss.meta["val"].shape) if isinstance(loss, fx.Node) and hasattr(loss.meta.get("val"), "shape") else None
     )
-    if shape is None:
+    if shape is None or not isinstance(loss, fx.Node):
         raise CompileRefused("loss_fn must return a tensor: one loss per sample [B], or their mean or sum.")
     dtype = loss.meta["val"].dtype
     if shape not in ((), (1,)) or not dtype.is_floating_point:

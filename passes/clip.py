@@ -14,7 +14,6 @@ ONNX Runtime miscompiles ``Xt @ v``.
 from __future__ import annotations
 
 import dataclasses
-
 from typing import Any
 
 import torch
