@@ -40,10 +40,11 @@ def _drop_identities(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         if node.target in VIEWS and source.target in VIEWS:
-            if node.meta.get("shape") is not None and node.meta["shape"] == source.args[0].meta.get("shape"):
-                node.replace_all_uses_with(source.args[0])
+            inner: Any = source.args[0]
+            if node.meta.get("shape") is not None and node.meta["shape"] == inner.meta.get("shape"):
+                node.replace_all_uses_with(inner)
                 continue
-            node.args = (source.args[0], *node.args[1:])
+            node.args = (inner, *node.args[1:])
         elif node.target is aten.permute.default and list(node.args[1]) == list(range(len(node.args[1]))):
             node.replace_all_uses_with(source)
         elif (node.target is aten.t.default and source.target is aten.t.default) or (
