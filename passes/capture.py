@@ -148,8 +148,9 @@ def capture(source: Source) -> JointGraph:
     canonical = {f"model.{n}": first[id(p)] for n, p in named.items()}
     by_name: dict[str, fx.Node] = {}
     for s, n in zip(specs, placeholders, strict=True):
-        if s.kind is InputKind.PARAMETER and (n.users or canonical[str(s.target)] not in by_name):
-            by_name[canonical[str(s.target)]] = n
+        name = canonical.get(str(s.target))  # None for a parameter of a loss_fn that is itself a module
+        if s.kind is InputKind.PARAMETER and name is not None and (n.users or name not in by_name):
+            by_name[name] = n
     _refuse_loss_shape(next(n for n in module.graph.nodes if n.op == "output").args[0])
     selection = trainables.select(source.model, source.trainable, by_name)
     chosen = [t.name for t in selection.targets]

@@ -1,0 +1,228 @@
+"""What cannot be made private as its author meant it is refused in one paragraph, and the model comes back untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import Sandwich, assert_untouched, losses, photograph, points, refusal
+from torch import Tensor, nn
+
+import dpbitfit_fx as dpb
+
+
+class TrainModeBatchNorm(Sandwich):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, **options)
+
+    def transform(self, h: Tensor) -> Tensor:
+        normal: Tensor = self.norm(h)
+        return normal
+
+
+def test_batch_norm_in_train_mode_is_refused_by_name() -> None:
+    message = refusal(TrainModeBatchNorm())
+    assert "norm (BatchNorm1d) is in train mode" in message and "eval()" in message
+    assert "keeps no running statistics" in refusal(TrainModeBatchNorm(track_running_stats=False).eval())
+
+
+class CountsInPlace(Sandwich):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def transform(self, h: Tensor) -> Tensor:
+        self.seen += 1
+        return h
+
+
+class CountsAnew(CountsInPlace):
+    def transform(self, h: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return h
+
+
+class Bank(Sandwich):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(5, 8))
+
+    def transform(self, h: Tensor) -> Tensor:
+        self.seen = torch.cat([h.detach(), self.seen])[:5]
+        return h + self.seen.mean(0)
+
+
+class PlainAttribute(Sandwich):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def transform(self, h: Tensor) -> Tensor:
+        self.seen = h.detach()
+        return h
+
+
+class GrowingList(Sandwich):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def transform(self, h: Tensor) -> Tensor:
+        self.seen.append(h.detach())
+        return h
+
+
+@pytest.mark.parametrize("kind", [CountsInPlace, CountsAnew, Bank, PlainAttribute, GrowingList])
+def test_a_model_that_remembers_what_it_saw_is_refused_by_the_buffers_name(kind: type[nn.Module]) -> None:
+    model = kind()
+    message = refusal(model)
+    assert "'seen'" in message and "writes" in message
+    assert not isinstance(model.seen, list) or not model.seen
+
+
+def test_an_embedding_that_renormalizes_its_weight_in_forward_is_refused() -> None:
+    model = Sandwich()
+    table = nn.Embedding(4, 8, max_norm=0.5)
+    model.add_module("table", table)
+    model.middle = lambda h: h + table((h[:, 0] > 0).long())
+    assert "table.weight" in refusal(model)
+
+
+class ReadsAValue(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        value = h.sum().item()
+        return h * value
+
+
+class Branches(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h if h.sum() > 0 else -h
+
+
+class Routes(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        value: Tensor = torch.unique(h.round())[:1]
+        return value * h
+
+
+class Inner(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.3, training=True)
+
+
+class Histogram(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.histc(h, 4)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [(ReadsAValue, "h.sum().item()"), (Branches, "if h.sum() > 0"), (Routes, "torch.unique(h.round())")],
+)
+def test_values_that_steer_python_are_refused_with_the_users_line(kind: type[nn.Module], line: str) -> None:
+    message = refusal(Sandwich(kind()))
+    assert line in message and "test_refusals.py" in message
+
+
+def test_a_random_operator_is_refused_with_module_and_line() -> None:
+    message = refusal(Sandwich(Inner()).eval())
+    assert "draws random numbers" in message and "dropout" in message
+    assert "module middle" in message and "F.dropout(h, 0.3, training=True)" in message
+
+
+def test_an_operator_unrolled_over_samples_is_refused_with_module_and_line() -> None:
+    message = refusal(Sandwich(Histogram()))
+    assert "histc" in message and "unrolled over samples" in message
+    assert "module middle" in message and "torch.histc(h, 4)" in message
+
+
+def test_ctc_is_refused_with_the_operator_and_the_line_of_the_loss() -> None:
+    def ctc(model: Any, batch: Any) -> Tensor:
+        scores = model(batch[0]).log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(scores, batch[1], batch[2], batch[3], reduction="none")
+
+    batch = (torch.randn(4, 9, 6), torch.randint(1, 3, (4, 3)), torch.full((4,), 9), torch.full((4,), 3))
+    message = refusal(Sandwich(), ctc, batch)
+    assert "ctc_loss" in message and "return F.ctc_loss(scores" in message
+
+
+SHAPES: dict[str, Any] = {
+    "per token [B, T]": lambda m, b: m(b[0]),
+    "per token [B * T]": lambda m, b: m(b[0]).flatten(),
+    "a column [B, 1]": lambda m, b: losses(m, b)[:, None],
+    "integers": lambda m, b: m(b[0]).argmax(-1),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_loss_that_is_not_one_float_per_sample_is_refused(kind: str) -> None:
+    message = refusal(Sandwich(), SHAPES[kind])
+    assert "one floating point loss per sample" in message and "shape [B]" in message
+
+
+def test_a_loss_that_is_no_tensor_or_has_no_gradient_is_refused() -> None:
+    assert "must return a tensor" in refusal(Sandwich(), lambda m, b: 3.0)
+    assert "tuple" in refusal(Sandwich(), lambda m, b: (losses(m, b),))
+    assert "no gradient" in refusal(Sandwich(), lambda m, b: losses(m, b).detach())
+
+
+def test_a_tensor_that_the_loss_brings_along_is_refused_unless_declared_public() -> None:
+    weight = torch.tensor([1.0, 2.0, 1.0])
+    criterion = nn.CrossEntropyLoss(weight=weight, reduction="none")
+
+    def closure(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], weight=weight, reduction="none")
+
+    def default(model: Any, batch: Any, w: Tensor = weight) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], weight=w, reduction="none")
+
+    def module(model: Any, batch: Any) -> Any:
+        return criterion(model(batch[0]), batch[1])
+
+    assert "'weight'" in refusal(Sandwich(), closure)
+    assert "default" in refusal(Sandwich(), default)
+    assert "'criterion'" in refusal(Sandwich(), module)
+    step = dpb.compile(Sandwich(), closure, points(), public_tensors=True)
+    assert len(step.report().public_inputs) == 1
+
+
+def test_a_batch_of_unusable_shape_is_refused() -> None:
+    x, y = points()
+    assert "one size" in refusal(Sandwich(), batch=(x, y[:3]))
+    assert "one size" in refusal(Sandwich(), batch=(x, torch.tensor(1)))
+    assert "at least 2 samples" in refusal(Sandwich(), batch=(x[:1], y[:1]))
+    assert "no tensor" in refusal(Sandwich(), batch=(1, 2))
+
+
+def test_a_batch_of_another_shape_than_compiled_for_is_refused() -> None:
+    step = dpb.compile(Sandwich(), losses, points())
+    x, y = points()
+    for bad in [(x[:, :5], y), (x.double(), y), (x, y[:3]), (x[:0], y[:0]), (x,)]:
+        with pytest.raises(dpb.CompileRefused):
+            step.per_sample_gradients(bad)
+
+
+def test_a_model_without_biases_is_refused_with_a_way_out() -> None:
+    message = refusal(nn.Linear(6, 3, bias=False))
+    assert "no parameter" in message and "patterns" in message
+
+
+def test_a_compiled_model_comes_back_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model.train()
+    model[2].eval()
+    model[3].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    before = photograph(model)
+    step = dpb.compile(model, losses, points(), noise_multiplier=1.0, expected_batch_size=4)
+    step.per_sample_gradients(points(3))
+    step.clipped_sum(points(3))
+    assert_untouched(model, before)
+    assert step.model is model
