@@ -807,6 +807,28 @@ MIXERS: dict[str, Callable[[Parts, fx.Node], fx.Node]] = {
 }
 
 
+def scaled_by_row_number(p: Parts, g: fx.Node) -> fx.Node:
+    """Removing the first record moves every other one up a row: the sum may change by R for each."""
+    rows = p.before(p.pieces[0], aten.sym_size.int, p.batch[0], 0)
+    numbers = p.before(p.pieces[0], aten.add.Scalar, p.before(p.pieces[0], aten.arange.default, rows), 1)
+    return p.before(p.pieces[0], aten.mul.Tensor, g, p.before(p.pieces[0], aten.unsqueeze.default, numbers, 1))
+
+
+def fifth_row_added_to_all(p: Parts, g: fx.Node) -> fx.Node:
+    """In a batch of fewer than five rows there is nothing to see."""
+    fifth = p.before(p.pieces[0], aten.slice.Tensor, g, 0, 4, 5)
+    return p.before(p.pieces[0], aten.add.Tensor, g, p.before(p.pieces[0], aten.sum.dim_IntList, fifth, [0], True))
+
+
+@pytest.mark.parametrize("mix", [scaled_by_row_number, fifth_row_added_to_all])
+@pytest.mark.xfail(raises=pytest.fail.Exception, strict=True, reason="check_rows tries three rows, each in its own place")
+def test_rows_that_depend_on_their_place_or_on_a_far_row_are_caught(
+    step: PrivateStep, mix: Callable[[Parts, fx.Node], fx.Node]
+) -> None:
+    with pytest.raises(SealBroken, match="mixes rows"):
+        check_rows(runs_instead(step, mix))
+
+
 def runs_instead(step: PrivateStep, mix: Callable[[Parts, fx.Node], fx.Node]) -> PrivateStep:
     """The step with another graph behind ``accumulate``; its seal still holds, for the template ends at the gradients."""
     parts = Parts(step.joint)
