@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+import dpbitfit_fx
 from dpbitfit_fx.accounting import (
     EpsilonTracker,
     Prior,
@@ -557,7 +558,7 @@ def fit(
     noise_multiplier: float | None = None,
     epochs: float | None = None,
     max_steps: int | None = None,
-    expected_batch_size: int = 256,
+    expected_batch_size: float = 256,
     physical_batch_size: int | Sequence[int] = 32,
     trainable: str | Sequence[str] = "bias",
     clipping: Clipping | None = None,
@@ -812,8 +813,8 @@ def build_engine(
 
     `sampler` draws over the records that are really there; the other arguments are those of `fit`.
     """
-    from dpbitfit_fx.compile import compile as compile_step
-
+    # Through the package, so that importing the submodule does not leave `dpbitfit_fx.compile` bound to a module.
+    compile_step: Callable[..., PrivateStep] = dpbitfit_fx.__getattr__("compile")
     if example_batch is None:
         with global_random_state_kept():
             template = load_item(dataset, collate_fn, 0)

@@ -34,7 +34,8 @@ def test_any_nest_of_plain_values_survives_json_exactly(value: Any) -> None:
 
 def test_tensors_and_odd_floats_survive_bit_for_bit() -> None:
     tensors: dict[str, torch.Tensor] = {}
-    state: dict[int, dict[str, Any]] = {0: {"step": torch.tensor(3.0), "m": torch.tensor([0.1, float("nan")]), "lr": 0.1, "inf": math.inf}}
+    moments = torch.tensor([0.1, float("nan")])
+    state: dict[int, dict[str, Any]] = {0: {"step": torch.tensor(3.0), "m": moments, "lr": 0.1, "inf": math.inf}}
     back = decode(json.loads(json.dumps(encode(state, tensors, "o"))), tensors)[0]
     assert back["lr"].hex() == (0.1).hex() and back["inf"] == math.inf
     assert back["step"].shape == () and torch.equal(back["m"].view(torch.int32), state[0]["m"].view(torch.int32))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ def one_step_noise(count: int, expected: float, seed: int, steps: int = 1) -> np
         silent_records(count),
         noise_multiplier=SIGMA,
         max_steps=steps,
-        expected_batch_size=expected,  # type: ignore[arg-type]
+        expected_batch_size=expected,
         physical_batch_size=4,
         clipping=AutomaticClipping(R),
         optimizer=sgd,
@@ -244,6 +247,19 @@ def test_earlier_runs_are_composed_and_need_more_noise(tmp_path: Path) -> None:
     assert second.epsilon == epsilon(sampler, second.noise_multiplier, 1e-3, prior=[first.statement])
     with pytest.raises(PrivacyError, match="already spend"):
         run(None, target_epsilon=2.0, prior=first.statement)
+
+
+def test_a_long_run_shows_epsilon_speed_and_time_left_on_standard_error(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    monkeypatch.setattr(sys.modules["dpbitfit_fx.fit"], "time", clock)
+    run(None, progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == "" and "epsilon <=" in shown.err and "steps/s" in shown.err
+    run(None, progress=False)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_two_runs_share_no_draw_and_no_noise() -> None:
