@@ -108,8 +108,8 @@ class Branches(nn.Module):
 
 class Routes(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
-        value: Tensor = torch.unique(h.round())[:1]
-        return value * h
+        kinds = torch.unique(h.round()).numel()
+        return h * kinds
 
 
 class Inner(nn.Module):
