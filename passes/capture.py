@@ -9,10 +9,8 @@ samples' values, the batch size or the row's position.
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from . import closures, recurrent_rules, sample_rules, trainables
 from .attention_rule import attention
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
-from .model_state import untouched
+from .model_state import dropout_off, refuse_train_mode_batchnorm, untouched
 from .torch_private import (
     argument_names,
     is_random,
@@ -115,7 +113,7 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
         raise CompileRefused("example_batch needs at least 2 samples, made up or public, so that mixing can be seen.")
     whole = _Whole(source, spec, constants, len(tensors) + len(constants))
     one = tuple(x[:1].detach().clone() for x in tensors)
-    with untouched(source.model), _dropout_off(source.model), warnings.catch_warnings():
+    with untouched(source.model), dropout_off(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(whole, one, strict=False)
@@ -202,38 +200,6 @@ def capture(source: Source) -> JointGraph:
     return JointGraph(
         result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise, source=source
     )
-
-
-def refuse_train_mode_batchnorm(model: nn.Module) -> None:
-    """BatchNorm in train mode mixes samples and writes un-noised statistics of private data into its buffers."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) and (
-            module.training or not module.track_running_stats
-        ):
-            raise CompileRefused(
-                f"{name or 'the model'} ({type(module).__name__}) "
-                f"{'is in train mode' if module.training else 'keeps no running statistics'}: it mixes the samples of a "
-                "batch, and running statistics would absorb private data without noise. Call model.eval() (or that "
-                "module's .eval()) before compile, or replace it by GroupNorm."
-            )
-
-
-@contextlib.contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
-    """Dropout modules are captured in eval mode, and get their own mode back."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    modules = [
-        m
-        for m in model.modules()
-        if m.training and (isinstance(m, kinds) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))
-    ]
-    for m in modules:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in modules:
-            m.training = True
 
 
 def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:

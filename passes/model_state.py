@@ -106,3 +106,35 @@ def refuse_written(name: str) -> None:
         f"without noise. Put the module that owns it ({name.rpartition('.')[0] or 'the model'}) in eval mode, or stop it "
         "from writing."
     )
+
+
+def refuse_train_mode_batchnorm(model: nn.Module) -> None:
+    """BatchNorm in train mode mixes samples and writes un-noised statistics of private data into its buffers."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) and (
+            module.training or not module.track_running_stats
+        ):
+            raise CompileRefused(
+                f"{name or 'the model'} ({type(module).__name__}) "
+                f"{'is in train mode' if module.training else 'keeps no running statistics'}: it mixes the samples of a "
+                "batch, and running statistics would absorb private data without noise. Call model.eval() (or that "
+                "module's .eval()) before compile, or replace it by GroupNorm."
+            )
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Dropout modules are captured in eval mode, and get their own mode back."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    modules = [
+        m
+        for m in model.modules()
+        if m.training and (isinstance(m, kinds) or hasattr(m, "dropout") or hasattr(m, "drop_prob"))
+    ]
+    for m in modules:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.training = True

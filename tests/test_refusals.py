@@ -97,7 +97,7 @@ def test_an_embedding_that_renormalizes_its_weight_in_forward_is_refused() -> No
 
 class ReadsAValue(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
-        value = h.sum().item()
+        value: float = h.sum().item()
         return h * value
 
 
@@ -108,7 +108,7 @@ class Branches(nn.Module):
 
 class Routes(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
-        kinds = torch.unique(h.round()).numel()
+        kinds: int = torch.unique(h.round()).numel()
         return h * kinds
 
 
