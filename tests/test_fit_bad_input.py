@@ -78,7 +78,9 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[DPBitFitError], str]] = 
         "Row 0 .*'text' is a str",
     ),
     "a row with a column missing": (
-        lambda: text(dataset=[{k: v for k, v in r.items() if k != "label" or i != 17} for i, r in enumerate(sentences())]),
+        lambda: text(
+            dataset=[{k: v for k, v in r.items() if k != "label" or i != 17} for i, r in enumerate(sentences())]
+        ),
         DataError,
         r"Row 17 .*missing \['label'\]",
     ),
@@ -93,7 +95,11 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[DPBitFitError], str]] = 
     "unequal lengths, none declared": (lambda: text(padded_lengths=None), DataError, "pad to the longest"),
     "lengths out of order": (lambda: text(padded_lengths=(8, 4)), DataError, "ascending"),
     "lengths for an unknown key": (lambda: text(padded_lengths={"tokens": (12,)}), DataError, "names 'tokens'"),
-    "lengths where nothing is a sequence": (lambda: {"dataset": [{"x": 1.0}] * 50, "padded_lengths": 4}, DataError, "pad"),
+    "lengths where nothing is a sequence": (
+        lambda: {"dataset": [{"x": 1.0}] * 50, "padded_lengths": 4},
+        DataError,
+        "pad",
+    ),
     "padding an integer with NaN": (lambda: text(pad_values={"input_ids": float("nan")}), DataError, "cannot hold"),
     "a ragged list": (lambda: text(dataset=with_row(3, input_ids=[[1], [2, 3]])), DataError, "Row 3 .*regular array"),
     "a collator that fails": (lambda: {"collate_fn": lambda items: 1 / 0}, DataError, "Row 0 .*ZeroDivisionError"),
@@ -195,7 +201,11 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_public_example_tells_fixed_features_from_padded_sequences() -> None:
-    example = {"ids": torch.ones(2, 8, dtype=torch.int64), "features": torch.ones(2, 5), "labels": torch.ones(2, 8).long()}
+    example = {
+        "ids": torch.ones(2, 8, dtype=torch.int64),
+        "features": torch.ones(2, 5),
+        "labels": torch.ones(2, 8).long(),
+    }
     layout = ItemLayout.build(example, (4, 8), is_example=True)
     assert [leaf.lengths for leaf in layout.leaves] == [(4, 8), None, (4, 8)]
     assert [leaf.pad_value for leaf in layout.leaves] == [0, 0, -100]
