@@ -110,6 +110,8 @@ def _fuse_layer_norm_backward(graph: fx.Graph, vectors: set[str]) -> None:
             continue
         used = {u.args[1] for u in node.users if u.target is operator.getitem}
         for grad, weight in (scaled.args, scaled.args[::-1]):
-            if isinstance(weight, fx.Node) and weight.name in vectors and used <= {0}:
+            if not isinstance(weight, fx.Node) or weight.meta.get("shape") != tuple(node.args[2]):
+                continue
+            if weight.name in vectors and used <= {0}:
                 node.args = (grad, *node.args[1:5], weight, *node.args[6:])
                 break

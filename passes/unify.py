@@ -88,6 +88,7 @@ def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], ba
             )
         if x.op == "placeholder":
             mapping[x] = graph.placeholder(x.name)
+            mapping[x].meta["shape"] = tuple(int(size) for size in getattr(x.meta.get("val"), "shape", ()))
             continue
         args, kwargs = merge(x.args, y.args, x), merge(x.kwargs, y.kwargs, x)
         args, kwargs = place_symbols(args, x.target), place_symbols(kwargs, x.target)

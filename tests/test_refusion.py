@@ -204,10 +204,7 @@ def squares(model: Any, batch: Any) -> Tensor:
     "make",
     [
         HeadBias,
-        pytest.param(
-            lambda: ScaledNorm(1),
-            marks=pytest.mark.xfail(raises=RuntimeError, strict=True, reason="refusion takes any vector for a weight"),
-        ),
+        lambda: ScaledNorm(1),
         lambda: ScaledNorm(6),
     ],
     ids=["bias-per-head", "norm-times-scalar", "norm-times-vector"],
