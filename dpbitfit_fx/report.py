@@ -23,6 +23,7 @@ class Report:
     operators: dict[str, int]
     public_inputs: tuple[str, ...]
     graph_hash: str
+    slow: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -65,4 +66,5 @@ def make_report(model: Any, joint: JointGraph) -> Report:
         operators=operators,
         public_inputs=tuple(i.target for i in joint.with_role(Role.FROZEN) if i.target not in params),
         graph_hash=joint.digest(),
+        slow=joint.slow,
     )

@@ -9,6 +9,7 @@ samples' values, the batch size or the row's position.
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 import warnings
 from typing import Any
@@ -197,9 +198,11 @@ def capture(source: Source) -> JointGraph:
     )
     inputs = tuple(Input(n, r, t) for n, (r, t) in zip(nodes, labels, strict=True))
     kept = {n: state[n] for n in chosen + frozen}
-    return JointGraph(
-        result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise, source=source
+    slow = tuple(
+        f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
     )
+    joint_graph = JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
+    return dataclasses.replace(joint_graph, source=source, slow=slow)
 
 
 def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:

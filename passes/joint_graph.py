@@ -122,6 +122,7 @@ class JointGraph:
     clipping: Clipping | None = None
     noise: Noise | None = None
     source: Source | None = None
+    slow: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

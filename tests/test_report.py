@@ -111,3 +111,18 @@ def test_no_value_of_a_record_is_in_the_report(step: PrivateStep) -> None:
     step.accumulate(torch.full((4, 5, 6), 9.87654), torch.ones(4), step.zero_accumulator())
     assert (str(step.report()), step.report().to_dict()) == before
     assert "0.12345" not in before[0] + str(before[1]) and "9.87654" not in before[0] + str(before[1])
+
+
+def test_a_recurrent_layer_is_listed_as_slow_and_a_linear_one_is_not() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 4, batch_first=True)
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.head(self.rnn(x)[0][:, -1])[:, 0])
+
+    slow = compile_step(Recurrent(), lambda model, x: model(x), torch.randn(3, 2, 3)).report().slow
+    assert len(slow) == 1 and "gru" in slow[0] and "unrolled over time" in slow[0]
+    assert compile_step(nn.Linear(3, 1), lambda model, x: model(x)[:, 0], torch.randn(3, 3)).report().slow == ()
