@@ -13,7 +13,7 @@ from .errors import CompileRefused, SealBroken
 from .passes import facts
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
-from .passes.joint_graph import Fact, JointGraph, Noise, Role, Source
+from .passes.joint_graph import JointGraph, Noise, Role, Source
 from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
@@ -45,7 +45,7 @@ class PrivateStep:
             self.joint = rest
         self._prove()
         self._spec = captured.batch_spec
-        _, self._constants, _, self._leaf_names, _ = split_batch(source.example_batch)
+        self._examples, self._constants, _, self._leaf_names, _ = split_batch(source.example_batch)
         self._call = torch.compile(self.partial.module, dynamic=True) if backend == "inductor" else self.partial.module
         self._gradients = captured.module
 
@@ -130,7 +130,7 @@ class PrivateStep:
         return tensors
 
     def _example_leaves(self) -> list[torch.Tensor]:
-        return [x for x in tree_flatten(self.example_batch)[0] if isinstance(x, torch.Tensor)]
+        return self._examples
 
     def _values(self, joint: JointGraph, batch: list[torch.Tensor]) -> list[torch.Tensor]:
         feeds = iter(batch)
@@ -287,4 +287,4 @@ def check_rows(step: PrivateStep) -> None:
                 )
 
 
-__all__ = ["Fact", "PrivateStep", "compile"]
+__all__ = ["PrivateStep", "compile"]

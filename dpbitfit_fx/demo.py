@@ -6,7 +6,6 @@ would: the non-private baseline and test accuracies on the same split.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dpbitfit_fx.errors import ArtifactError, DataError, ExportError
-from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, ensure_output_folder, read_bytes, read_text
+from dpbitfit_fx.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    ensure_output_folder,
+    read_bytes,
+    read_text,
+    sha256_file,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +108,7 @@ def default_cache() -> Path:
 
 
 def _matches(path: Path, sha256: str) -> bool:
-    if not path.is_file():
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest() == sha256
+    return path.is_file() and sha256_file(path) == sha256
 
 
 def fetch(asset: Asset, cache: Path) -> Path:

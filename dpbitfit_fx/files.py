@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -175,3 +176,12 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
         with contextlib.suppress(OSError):
             probe.unlink()
     return folder
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hex, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

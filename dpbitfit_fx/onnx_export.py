@@ -12,7 +12,6 @@ that draws random numbers).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -33,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpbitfit_fx.biases import frozen_weights_fingerprint, model_fingerprint
 from dpbitfit_fx.errors import ArtifactError, ExportError
-from dpbitfit_fx.files import atomic_write_text, describe_os_error
+from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
@@ -513,14 +512,6 @@ def save_model(model: ir.Model, folder: Path, name: str, *, external: bool = Tru
     if data is not None and (folder / data).exists():
         files.append(data)
     return files
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def manifest_of(

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from dpbitfit_fx.biases import save_biases
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
-from dpbitfit_fx.files import atomic_write_text, ensure_output_folder, read_text
+from dpbitfit_fx.files import atomic_write_text, ensure_output_folder, read_text, sha256_file
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -97,21 +97,13 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
                 raise ArtifactError(
                     f"The export {os.fspath(folder)!r} lacks {name!r}. Copy the whole folder, or export again."
                 )
-            if _sha256(path) != digest:
+            if sha256_file(path) != digest:
                 raise ArtifactError(
                     f"{name!r} in {os.fspath(folder)!r} was changed after the export, so it is no longer the graph "
                     "that was proved private "
                     "and checked. Export again."
                 )
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as opened:
-        while chunk := opened.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Backend(Protocol):
@@ -563,7 +555,7 @@ class OrtTrainer:
         self.key.save(part / "key.json")
         about = {
             **self._about(),
-            "state_files": {f.name: _sha256(f) for f in sorted(part.iterdir()) if f.name.startswith("state")},
+            "state_files": {f.name: sha256_file(f) for f in sorted(part.iterdir()) if f.name.startswith("state")},
         }
         atomic_write_text(part / "about.json", json.dumps(about) + "\n", mode=0o600)
         atomic_write_text(root / "latest.json", json.dumps({"latest": name}) + "\n", mode=0o600)
@@ -585,7 +577,7 @@ class OrtTrainer:
             part = root / str(json.loads(read_text(root / "latest.json"))["latest"])
             about = json.loads(read_text(part / "about.json"))
             key = SecretKey.load(part / "key.json")
-            damaged = any(_sha256(part / n) != d for n, d in about["state_files"].items())
+            damaged = any(sha256_file(part / n) != d for n, d in about["state_files"].items())
         except (ArtifactError, ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"{os.fspath(path)!r} is not a checkpoint that can be resumed from: {type(error).__name__}."

@@ -23,8 +23,9 @@ from onnx_cases import CASES, compiled, flat, install
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx.errors import CheckpointError, PrivacyError
+from dpbitfit_fx.files import sha256_file
 from dpbitfit_fx.onnx_check import torch_optimizer
-from dpbitfit_fx.onnx_export import SGD, AdamW, Optimizer, sha256_file
+from dpbitfit_fx.onnx_export import SGD, AdamW, Optimizer
 from dpbitfit_fx.ort_export import export_ort_training, optimizer_model
 from dpbitfit_fx.ort_runner import OrtTrainer, load_artifacts
 from dpbitfit_fx.randomness import SecretKey, stream
