@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import CompileRefused, SealBroken
+from .lowering import Lowered, check_lowering
 from .passes import facts
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
@@ -18,8 +19,6 @@ from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
 from .report import Report, make_report
-
-BACKENDS = ("eager", "inductor")
 
 
 class PrivateStep:
@@ -30,11 +29,18 @@ class PrivateStep:
     :meth:`privatize` adds ``N(0, (noise_multiplier * max_grad_norm)^2)`` per coordinate (SEALED).
     """
 
-    def __init__(self, source: Source, captured: JointGraph, observer: Observer | None, backend: str) -> None:
+    def __init__(
+        self,
+        source: Source,
+        captured: JointGraph,
+        observer: Observer | None,
+        backend: str,
+        disable: tuple[str, ...] = (),
+    ) -> None:
         self.model = source.model
         self.loss_fn = source.loss_fn
         self.example_batch = source.example_batch
-        self.backend = backend
+        self.backend, self._disable = backend, disable
         self._source, self._captured, self._observer = source, captured, observer
         rest = run(PIPELINE[2:], captured, observer)
         self.partial, self.update = rest, None
@@ -46,7 +52,7 @@ class PrivateStep:
         self._prove()
         self._spec = captured.batch_spec
         self._examples, self._constants, _, self._leaf_names, _ = split_batch(source.example_batch)
-        self._call = torch.compile(self.partial.module, dynamic=True) if backend == "inductor" else self.partial.module
+        self._lowered = Lowered(self.partial, backend, disable)
         self._gradients = captured.module
 
     def _prove(self) -> None:
@@ -158,9 +164,7 @@ class PrivateStep:
         if sample_mask.shape != (leaves[0].shape[0],):
             raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
         self._check_flat(accumulator, "accumulator")
-        with torch.no_grad():
-            result: torch.Tensor = self._call(*self._values(self.partial, leaves), sample_mask, accumulator)[0]
-        return result
+        return self._lowered(leaves, sample_mask, accumulator)
 
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """``(accumulator + sigma R noise) / expected_batch_size`` [D] for ``noise ~ N(0, I)`` [D]: may be released (SEALED)."""
@@ -194,10 +198,10 @@ class PrivateStep:
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
         source = dataclasses.replace(self._source, noise=noise)
         captured = dataclasses.replace(self._captured, noise=noise, source=source)
-        return PrivateStep(source, captured, self._observer, self.backend)
+        return PrivateStep(source, captured, self._observer, self.backend, self._disable)
 
     def report(self) -> Report:
-        return make_report(self.model, self.joint)
+        return make_report(self.model, self.joint, self._lowered)
 
 
 def compile(  # the name users of torch.compile expect
@@ -211,18 +215,20 @@ def compile(  # the name users of torch.compile expect
     noise_multiplier: float | None = None,
     expected_batch_size: float | None = None,
     public_tensors: bool = False,
+    disable: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> PrivateStep:
     """Compile one private step of an unedited model.
 
     ``loss_fn(model, batch)`` returns losses [B] (or their mean or sum); ``batch`` is a nest of tensors with dim 0 = batch.
     ``example_batch`` must be made up or public: at least two rows, shapes and dtypes as in training; any batch size works
-    afterwards. ``trainable`` is ``"bias"`` or name patterns such as ``["bias", "classifier.*"]``.
+    afterwards. ``trainable`` is ``"bias"`` or name patterns such as ``["bias", "classifier.*"]``. ``disable`` switches
+    optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen weights in the layout
+    that the CPU multiplies fastest; ``report()`` tells its size).
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
-    if backend not in BACKENDS:
-        raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    check_lowering(backend, disable)
     if not isinstance(model, torch.nn.Module):
         raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
     if (noise_multiplier is None) != (expected_batch_size is None):
@@ -236,7 +242,7 @@ def compile(  # the name users of torch.compile expect
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         captured = run((CAPTURE, *PIPELINE[:2]), source, observer)
-        step = PrivateStep(source, captured, observer, backend)
+        step = PrivateStep(source, captured, observer, backend, tuple(disable))
     check_rows(step)
     return step
 
@@ -265,15 +271,13 @@ def check_rows(step: PrivateStep) -> None:
             mask[row] = 1.0
             results = []
             for batch in (leaves, [x[flipped.to(x.device)] for x in leaves], garbage):
-                with torch.no_grad():
-                    values = step._values(step.partial, batch)
-                    try:
-                        results.append(step._call(*values, mask, step.zero_accumulator())[0])
-                    except RuntimeError as error:
-                        raise CompileRefused(
-                            f"The step fails when another row of its batch holds NaN or zeros ({str(error)[:200]}): one bad "
-                            "record would stop a run and show itself. Replace the operator that raises."
-                        ) from error
+                try:
+                    results.append(step._lowered(batch, mask, step.zero_accumulator()))
+                except RuntimeError as error:
+                    raise CompileRefused(
+                        f"The step fails when another row of its batch holds NaN or zeros ({str(error)[:200]}): one bad "
+                        "record would stop a run and show itself. Replace the operator that raises."
+                    ) from error
             if not all(torch.equal(results[0], r) for r in results[1:]):
                 raise SealBroken(
                     "After lowering, one sample's contribution changes with the other rows of its batch: the backend or "
@@ -285,6 +289,15 @@ def check_rows(step: PrivateStep) -> None:
                     "After lowering, one sample's contribution changes with its place in the batch: the backend or a "
                     "pass mixes rows. The step is refused."
                 )
+    mask = torch.ones(example[0].shape[0], device=step.device)
+    with torch.no_grad():
+        (proved,) = step.partial.module(*step._values(step.partial, example), mask, step.zero_accumulator())
+    runs = step._lowered(example, mask, step.zero_accumulator())
+    if not torch.allclose(runs, proved, rtol=0.0, atol=tolerance * len(mask), equal_nan=True):
+        raise SealBroken(
+            f"After lowering, the clipped sum is off by {float((runs - proved).abs().max()):.1e} from that of the proved "
+            "graph. The step is refused."
+        )
 
 
 __all__ = ["PrivateStep", "compile"]

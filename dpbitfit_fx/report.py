@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .lowering import Lowered
 from .passes.joint_graph import JointGraph, Role
 
 
@@ -24,6 +25,8 @@ class Report:
     public_inputs: tuple[str, ...]
     graph_hash: str
     slow: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    packed_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -45,10 +48,15 @@ class Report:
             f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
             for name, seconds, before, after in self.passes
         ]
+        lines += [f"  slow  {operator}" for operator in self.slow]
+        if self.packed:
+            lines += [
+                f"  packed  {len(self.packed)} products with frozen weights ({self.packed_bytes / 1e6:.1f} MB more memory)"
+            ]
         return "\n".join(lines)
 
 
-def make_report(model: Any, joint: JointGraph) -> Report:
+def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
     params = dict(model.named_parameters())
     operators: dict[str, int] = {}
     for node in joint.module.graph.nodes:
@@ -67,4 +75,6 @@ def make_report(model: Any, joint: JointGraph) -> Report:
         public_inputs=tuple(i.target for i in joint.with_role(Role.FROZEN) if i.target not in params),
         graph_hash=joint.digest(),
         slow=joint.slow,
+        packed=tuple(pack.target for pack in lowered.packs),
+        packed_bytes=lowered.packed_bytes,
     )

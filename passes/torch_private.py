@@ -15,6 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 TreeSpec = pytree.TreeSpec
+# oneDNN's linear layer with a weight in oneDNN's own layout; None in a build of torch without oneDNN.
+_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
+LINEAR_ADD: Any = torch.ops.mkldnn._linear_pointwise.binary if _ONEDNN else None
+ROWS = 1024  # the layout is chosen for about this many rows; other counts work, and are as fast
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
@@ -101,3 +106,14 @@ def module_stack(meta: Mapping[str, Any]) -> str:
     for entry in stack.values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
     return path
+
+
+def can_pack() -> bool:
+    """Whether products with packed weights exist here and pay: oneDNN, and a CPU with AVX-512."""
+    return _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.backends.mkldnn.enabled)
+
+
+def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
+    """``[C, K]`` float32 in oneDNN's layout for many rows, an opaque tensor that only :data:`LINEAR` reads."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return packed

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from dpbitfit_fx.compile import PrivateStep, check_rows
 from dpbitfit_fx.compile import compile as compile_step
+from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import facts
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping, FlatClipping
 from dpbitfit_fx.passes.errors import SealBroken
@@ -128,7 +129,6 @@ class Parts:
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, class_name="Sabotaged")
         return dataclasses.replace(self.joint, module=module, inputs=tuple(self.inputs), **self.changes)
-
 
     def proof_only(self) -> JointGraph:
         """The same without compiling the module, which no predicate needs: thousands of these are proved."""
@@ -547,7 +547,9 @@ def an_assertion_on_private_values(p: Parts) -> None:
 
 @sabotage("tells of private values by other means")
 def a_private_value_turned_into_a_python_number(p: Parts) -> None:
-    number = p.before(p.pieces[0], aten._local_scalar_dense.default, p.before(p.pieces[0], aten.sum.default, p.batch[0]))
+    number = p.before(
+        p.pieces[0], aten._local_scalar_dense.default, p.before(p.pieces[0], aten.sum.default, p.batch[0])
+    )
     p.wrap(p.gradients[0], p.pieces[0], aten.mul.Scalar, number)
 
 
@@ -835,7 +837,7 @@ def runs_instead(step: PrivateStep, mix: Callable[[Parts, fx.Node], fx.Node]) ->
     parts.pieces[0].replace_input_with(parts.gradients[0], mixed)
     partial, update = split(parts.done())
     other = copy.copy(step)
-    other.partial, other.update, other._call = partial, update, partial.module
+    other.partial, other.update, other._lowered = partial, update, Lowered(partial, "eager")
     return other
 
 
@@ -847,13 +849,14 @@ def test_rows_mixed_before_the_clip_are_caught_on_what_finally_runs(step: Privat
 
 def test_a_backend_that_mixes_rows_is_caught(step: PrivateStep) -> None:
     other = copy.copy(step)
-    at = [i for i, x in enumerate(step.partial.inputs) if x.role is Role.BATCH]
+    other._lowered = copy.copy(step._lowered)
+    at = [i for i, x in enumerate(step._lowered.joint.inputs) if x.role is Role.BATCH]
 
     def leaky(*values: Tensor) -> Any:
         rolled = [v.roll(1, 0) if i in at else v for i, v in enumerate(values)]
-        return step.partial.module(*rolled)
+        return step._lowered.joint.module(*rolled)
 
-    other._call = leaky
+    other._lowered._call = leaky
     with pytest.raises(SealBroken, match="mixes rows"):
         check_rows(other)
 

@@ -1,0 +1,101 @@
+"""What finally runs: the accumulating graph as the backend executes it, with its packed weights kept up to date."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from .errors import CompileRefused
+from .passes import facts
+from .passes.joint_graph import JointGraph, Role
+from .passes.packing import Pack, pack, pack_weights
+
+BACKENDS = ("eager", "inductor")
+OPTIMIZATIONS = ("packed_weights",)
+
+
+def check_lowering(backend: str, disable: Collection[str]) -> None:
+    """Raises CompileRefused for a backend or an optimization that does not exist, and lists those that do."""
+    if backend not in BACKENDS:
+        raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    names = [disable] if isinstance(disable, str) else disable
+    for name in names:
+        if name not in OPTIMIZATIONS:
+            raise CompileRefused(
+                f"Unknown optimization {name!r} in disable; those that can be switched off: {', '.join(OPTIMIZATIONS)}."
+            )
+
+
+class _Packed:
+    """A packed weight and the frozen tensors it was made from, as they were: object and version of each."""
+
+    def __init__(self, item: Pack, state: Any) -> None:
+        sources = [state[name] for name in item.sources]
+        self.made_from = [(weakref.ref(x), _version(x)) for x in sources]
+        self.tensor = pack(item, state)
+
+    def fresh(self, sources: list[torch.Tensor]) -> bool:
+        return all(ref() is x and v == _version(x) for (ref, v), x in zip(self.made_from, sources, strict=True))
+
+
+# Steps compiled for several padded lengths of one model share its packed weights; gone when the last step is.
+_SHARED: weakref.WeakValueDictionary[tuple[Any, ...], _Packed] = weakref.WeakValueDictionary()
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class Lowered:
+    """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
+
+    eager: products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds
+    ``"packed_weights"``. inductor: torch.compile, one graph for every batch size.
+
+    A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
+    invisible to torch's version counter: compile again after one.
+    """
+
+    def __init__(self, partial: JointGraph, backend: str, disable: Collection[str] = ()) -> None:
+        check_lowering(backend, disable)
+        self.joint: JointGraph = partial
+        self.packs: tuple[Pack, ...] = ()
+        if backend == "eager" and "packed_weights" not in disable:
+            self.joint, self.packs = pack_weights(partial)
+            facts.partial(self.joint)
+        module = self.joint.module
+        self._call: Any = torch.compile(module, dynamic=True) if backend == "inductor" else module
+        self._held: dict[str, _Packed] = {}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weights, beside the model's own."""
+        return sum(item.bytes for item in self.packs)
+
+    def __call__(self, batch: list[torch.Tensor], sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
+        state = dict(self.joint.state)
+        for item in self.packs:
+            state[item.target] = self._packed(item)
+        feeds = iter(batch)
+        values = [
+            next(feeds) if i.role is Role.BATCH else state[i.target].detach()
+            for i in self.joint.inputs
+            if i.role in (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
+        ]
+        with torch.no_grad():
+            result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]
+        return result
+
+    def _packed(self, item: Pack) -> torch.Tensor:
+        sources = [self.joint.state[name] for name in item.sources]
+        held = self._held.get(item.target)
+        if held is None or not held.fresh(sources):
+            key = (tuple(map(id, sources)), item.module.code)
+            held = _SHARED.get(key)
+            if held is None or not held.fresh(sources):
+                held = _SHARED[key] = _Packed(item, self.joint.state)
+            self._held[item.target] = held
+        return held.tensor
