@@ -20,20 +20,27 @@ from dpbitfit_fx.files import atomic_write_bytes, read_bytes
 if TYPE_CHECKING:
     import torch
 
+    from dpbitfit_fx.passes.joint_graph import AddedBias
+
 FORMAT: Final = "dpbitfit_fx.biases.v1"
 MODEL_FINGERPRINT: Final = "model_fingerprint"
 FROZEN_FINGERPRINT: Final = "frozen_weights_sha256"
+ADDED_BIASES: Final = "added_biases"
 
 _Model = TypeVar("_Model", bound="torch.nn.Module")
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module, added: Collection[str] = ()) -> str:
     """SHA-256 (hex) over the names, shapes and dtypes of all parameters; the values do not enter, nor does the device.
 
-    Two models with one fingerprint have the same architecture as far as loading biases goes.
+    Two models with one fingerprint have the same architecture as far as loading biases goes. ``added``: names of biases
+    that are no part of the original and are left out.
     """
+    left_out = set(added)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if name in left_out:
+            continue
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
     return digest.hexdigest()
 
@@ -55,6 +62,11 @@ def frozen_weights_fingerprint(model: torch.nn.Module, trainable_names: Collecti
         flat = parameter.detach().to("cpu").contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def describe_added(added: Collection[AddedBias]) -> str:
+    """JSON for the metadata ``added_biases``: where each bias that the original model lacks belongs, by its name."""
+    return json.dumps({b.name: {"module": b.module, "leaf": b.leaf, "view": list(b.view)} for b in added})
 
 
 def save_biases(
@@ -162,6 +174,12 @@ def load_biases(model: _Model, path: str | os.PathLike[str], strict: bool = True
 
     Every name, shape and dtype is checked, and every value for being finite, before the first one is copied.
 
+    Biases that training added (``add_bias=True``) need no change of the model's source. Where a module has an empty slot
+    of that name (``bias=None`` in nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention and what
+    derives from them) it gets a real parameter, which its own forward adds. Any other module gets a parameter and a
+    forward hook that adds it to the module's output. Both are in ``state_dict``; to load that into a fresh model,
+    call ``load_biases`` on it first. Loading twice is loading once.
+
     Args:
         model: the model that was trained, or a fresh copy of what it was before.
         path: a file written by ``save_biases``.
@@ -174,16 +192,21 @@ def load_biases(model: _Model, path: str | os.PathLike[str], strict: bool = True
     import torch
     from safetensors.torch import load
 
+    from dpbitfit_fx.passes.bias_slots import attach
+
     tensors, metadata = _read(path, load)
     where = os.fspath(path)
     # With duplicates, because a tied parameter may have been saved under either of its names.
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    absent = [name for name in tensors if name not in parameters]
-    problems = []
+    lacking = [bias for bias in _added(metadata, tensors, where) if bias.name not in parameters]
+    absent = [name for name in tensors if name not in parameters and name not in {bias.name for bias in lacking}]
+    problems = [why for bias in lacking if (why := _fault(model, bias)) is not None]
     if absent:
         problems.append(f"the model has no parameter {_list(absent)}")
     for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name!r} holds values that are not finite")
         parameter = parameters.get(name)
         if parameter is None:
             continue
@@ -195,8 +218,6 @@ def load_biases(model: _Model, path: str | os.PathLike[str], strict: bool = True
             problems.append(f"{name!r} is {tensor.dtype} in the file and {parameter.dtype} in the model")
         elif parameter.is_meta:
             problems.append(f"{name!r} is on the meta device in the model: it has no values yet")
-        if not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name!r} holds values that are not finite")
     if not tensors:
         problems.append("the file holds no biases")
     if problems:
@@ -208,11 +229,13 @@ def load_biases(model: _Model, path: str | os.PathLike[str], strict: bool = True
     if strict:
         _check_fingerprints(model, metadata, tensors, where)
 
-    before = {name: parameters[name].detach().clone() for name in tensors}
+    before = {name: parameters[name].detach().clone() for name in tensors if name in parameters}
+    new = {bias.name: torch.nn.Parameter(tensors[bias.name].to(_device(model, bias.module))) for bias in lacking}
     try:
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+            for name in before:
+                parameters[name].copy_(tensors[name])
+        attach(model, lacking, new)
     except BaseException:
         with torch.no_grad():
             for name, value in before.items():
@@ -221,12 +244,54 @@ def load_biases(model: _Model, path: str | os.PathLike[str], strict: bool = True
     return model
 
 
+def _added(metadata: Mapping[str, str], tensors: Mapping[str, Any], where: str) -> list[AddedBias]:
+    """What the file says of the biases that the original model lacks."""
+    from dpbitfit_fx.passes.joint_graph import AddedBias
+
+    try:
+        found = []
+        for name, place in json.loads(metadata.get(ADDED_BIASES, "{}")).items():
+            module, leaf, view = place["module"], place["leaf"], tuple(place["view"])
+            tensor = tensors[name]
+            tensor.reshape(view)
+            if name != f"{module}.{leaf}".lstrip(".") or not leaf.isidentifier():
+                raise ValueError(name)
+            found.append(AddedBias(name, module, leaf, tuple(tensor.shape), tensor.dtype, view))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise ArtifactError(
+            f"{where!r} does not say correctly where its added biases belong: its metadata {ADDED_BIASES!r} are damaged. "
+            "Nothing was loaded."
+        ) from None
+    return found
+
+
+def _fault(model: torch.nn.Module, bias: AddedBias) -> str | None:
+    """Why this added bias does not fit this model, or None."""
+    from dpbitfit_fx.passes.bias_slots import fault
+
+    why = fault(model, bias)
+    if why is None:
+        layer = model.get_submodule(bias.module)
+        weights = [p for p in layer.parameters() if p.is_floating_point()]
+        if weights and all(p.dtype != bias.dtype for p in weights):
+            why = f"{bias.name!r} is {bias.dtype} in the file and its layer {weights[0].dtype} in the model"
+        elif any(p.is_meta for p in weights):
+            why = f"{bias.module!r} is on the meta device in the model: it has no values yet"
+    return why
+
+
+def _device(model: torch.nn.Module, module: str) -> torch.device:
+    own = next(model.get_submodule(module).parameters(), None)
+    return (own if own is not None else next(model.parameters())).device
+
+
 def _check_fingerprints(
     model: torch.nn.Module, metadata: Mapping[str, str], names: Collection[str], where: str
 ) -> None:
     advice = "Nothing was loaded. If you changed the model on purpose, pass strict=False."
     expected = metadata.get(MODEL_FINGERPRINT)
-    if expected is not None and expected != model_fingerprint(model):
+    added = json.loads(metadata.get(ADDED_BIASES, "{}"))
+    if expected is not None and expected != model_fingerprint(model, added):
         raise ArtifactError(
             f"The biases in {where!r} were trained for a model whose parameters have other names, shapes or dtypes "
             f"than this one's, although these biases would fit. {advice}"

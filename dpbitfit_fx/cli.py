@@ -136,6 +136,12 @@ def train(
     trainable: Annotated[
         str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
     ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Name patterns that are not trained, e.g. '*LayerNorm*', separated by commas.")
+    ] = None,
+    add_bias: Annotated[
+        bool, typer.Option("--add-bias", help="Also train a new bias for every layer that has none.")
+    ] = False,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the number of records.")] = None,
     eval_file: Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")] = None,
     prior: Annotated[
@@ -157,7 +163,7 @@ def train(
             "the set itself public; one of the two."
         )
     lengths = parse_lengths(padded_lengths)
-    patterns = _names(trainable, "--trainable")
+    patterns, left_out = _names(trainable, "--trainable"), _names(exclude, "--exclude") or []
     clip = _clipping(clipping, max_grad_norm)
     table = read_table(data, text_column, label_column, _names(labels, "--labels"))
     public = None if eval_file is None else read_table(eval_file, text_column, label_column, table.label_set)
@@ -184,6 +190,8 @@ def train(
         expected_batch_size=expected_batch_size,
         physical_batch_size=physical_batch_size,
         trainable=chosen,
+        exclude=left_out,
+        add_bias=add_bias,
         clipping=clip,
         learning_rate=learning_rate,
         eval_fn=None if evaluation is None else lambda net: {"accuracy": accuracy(net, evaluation, pad_id=pad)},
@@ -203,6 +211,8 @@ def train(
         "labels": list(table.label_set),
         "padded_lengths": list(lengths),
         "trainable": chosen,
+        "exclude": left_out,
+        "add_bias": add_bias,
         "learning_rate": learning_rate,
     }
     atomic_write_text(output / RUN_FILE, json.dumps(described, indent=2) + "\n")
@@ -253,6 +263,8 @@ def export(
             text_loss,
             made_up_batch(length or lengths[-1], _vocabulary(network), rows),
             trainable=trainable,
+            exclude=described.get("exclude", []),
+            add_bias=described.get("add_bias", False),
             clipping=_clipping(statement.clipping, statement.max_grad_norm),
             noise_multiplier=statement.noise_multiplier,
             expected_batch_size=statement.expected_batch_size,
@@ -290,12 +302,16 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="A local Hugging Face model directory (safetensors).")],
     num_labels: Annotated[int, typer.Option(help="Classes of the classifier.", min=2)] = 2,
     trainable: Annotated[str | None, typer.Option(help="Name patterns separated by commas; default: bias.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Name patterns that are not trained.")] = None,
+    add_bias: Annotated[
+        bool, typer.Option("--add-bias", help="Also a new bias for every layer that has none.")
+    ] = False,
     length: Annotated[int, typer.Option(help="Tokens per made-up text.", min=2)] = 32,
     clipping: Annotated[str, typer.Option(help="automatic or flat.")] = "automatic",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what would be trained and by which rule, what was rewritten, what is slow, or why a model is refused."""
-    patterns = _names(trainable, "--trainable")
+    patterns, left_out = _names(trainable, "--trainable"), _names(exclude, "--exclude") or []
     clip = _clipping(clipping, 1.0)
     with _busy("loading the model"):
         from dpbitfit_fx.compile import compile as compile_step
@@ -308,6 +324,8 @@ def inspect(
             text_loss,
             made_up_batch(length, _vocabulary(network)),
             trainable=patterns or default_trainable(network),
+            exclude=left_out,
+            add_bias=add_bias,
             clipping=clip,
         )
     report = step.report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,10 +12,10 @@ import torch
 
 from .errors import CompileRefused, SealBroken
 from .lowering import Lowered, check_lowering
-from .passes import facts
+from .passes import bias_slots, facts
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
-from .passes.joint_graph import JointGraph, Noise, Role, Source
+from .passes.joint_graph import AddedBias, JointGraph, Noise, Role, Source
 from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
@@ -64,6 +65,39 @@ class PrivateStep:
     @property
     def trainable_names(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.joint.targets)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """``{name: parameter}`` of all that is trained, added biases included: the live ones, in ``trainable_names`` order."""
+        found = {}
+        for name in self.trainable_names:
+            parameter = self.joint.state[name]
+            assert isinstance(parameter, torch.nn.Parameter)
+            found[name] = parameter
+        return found
+
+    @property
+    def added_biases(self) -> tuple[AddedBias, ...]:
+        """The trained biases that the original model does not have (``add_bias=True``), of this run or an earlier one."""
+        known = {b.name: b for b in (*bias_slots.attached_biases(self.model), *self.joint.added)}
+        return tuple(known[n] for n in self.trainable_names if n in known)
+
+    def apply_added_biases(self) -> None:
+        """Gives the model its added biases, as ``load_biases`` does: from then on it computes what the step computes.
+
+        The parameters are the step's own, so what an optimizer writes into them is what the model adds.
+        """
+        bias_slots.attach(self.model, self.joint.added, self.joint.state)
+
+    def biases_applied(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has its added biases; afterwards it is as it was."""
+        return bias_slots.applied(self.model, self.joint.added, self.joint.state)
+
+    def sharing(self, other: PrivateStep) -> PrivateStep:
+        """The same step with ``other``'s added biases in place of its own: two steps, one set of parameters."""
+        theirs = {b.name: other.joint.state[b.name] for b in other.joint.added}
+        state = {n: theirs.get(n, p) for n, p in self._captured.state.items()}
+        captured = dataclasses.replace(self._captured, state=state)
+        return PrivateStep(self._source, captured, self._observer, self.backend, self._disable)
 
     @property
     def trainable_shapes(self) -> dict[str, torch.Size]:
@@ -210,6 +244,8 @@ def compile(  # the name users of torch.compile expect
     example_batch: Any,
     *,
     trainable: str | Sequence[str] = "bias",
+    exclude: str | Sequence[str] = (),
+    add_bias: bool = False,
     clipping: Clipping | None = None,
     backend: str = "eager",
     noise_multiplier: float | None = None,
@@ -222,7 +258,12 @@ def compile(  # the name users of torch.compile expect
 
     ``loss_fn(model, batch)`` returns losses [B] (or their mean or sum); ``batch`` is a nest of tensors with dim 0 = batch.
     ``example_batch`` must be made up or public: at least two rows, shapes and dtypes as in training; any batch size works
-    afterwards. ``trainable`` is ``"bias"`` or name patterns such as ``["bias", "classifier.*"]``. ``disable`` switches
+    afterwards. ``trainable`` is ``"bias"`` or shell-style name patterns such as ``["bias", "classifier.*"]``; ``exclude``
+    takes names out of it again: ``exclude=["*LayerNorm*"]``, or ``["*layer.[0-9].*"]`` to leave the last blocks only.
+    ``add_bias=True`` also trains a new bias, zero at first, behind every product with a parameter that has none (linear
+    layers, convolutions, ``matmul`` and ``einsum``), named as its layer would name it. They are the step's
+    (:meth:`PrivateStep.parameters`); the model is not touched until :meth:`PrivateStep.apply_added_biases`.
+    ``disable`` switches
     optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen weights in the layout
     that the CPU multiplies fastest; ``report()`` tells its size).
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
@@ -238,13 +279,26 @@ def compile(  # the name users of torch.compile expect
     if noise_multiplier is not None and expected_batch_size is not None:
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
-    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors)
+    left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        captured = run((CAPTURE, *PIPELINE[:2]), source, observer)
+        captured = _capture(source, observer)
         step = PrivateStep(source, captured, observer, backend, tuple(disable))
     check_rows(step)
     return step
+
+
+def _capture(source: Source, observer: Observer | None) -> JointGraph:
+    """Captured and checked. Biases that an earlier run added are added ones again: same graph, same parameters."""
+    passes = (CAPTURE, *PIPELINE[:2])
+    if not source.add_bias:
+        return run(passes, source, observer)
+    with bias_slots.taken_off(source.model) as kept:
+        captured = run(passes, source, observer) if kept else None
+    if captured is not None and kept.keys() <= {b.name for b in captured.added}:
+        return dataclasses.replace(captured, state={**captured.state, **kept})
+    return run(passes, source, observer)  # none, or some of them are no longer trained and stay as they are
 
 
 def check_rows(step: PrivateStep) -> None:

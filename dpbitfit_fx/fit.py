@@ -43,8 +43,10 @@ from dpbitfit_fx.batching import (
     load_item,
 )
 from dpbitfit_fx.biases import (
+    ADDED_BIASES,
     FROZEN_FINGERPRINT,
     MODEL_FINGERPRINT,
+    describe_added,
     frozen_weights_fingerprint,
     model_fingerprint,
     save_biases,
@@ -319,6 +321,9 @@ def _model_as_found(model: nn.Module) -> Iterator[None]:
         for parameter, (requires_grad, gradient) in flags.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+        for parameter in model.parameters():
+            if parameter not in flags:  # an added bias
+                parameter.grad = None
 
 
 def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str, Any]:
@@ -420,9 +425,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         # Steps that may have been released by the process that was killed, with the digest of their clipped sums.
         self.pending: dict[int, str] = {}
-        model = engine.update.model
-        named = dict(model.named_parameters(remove_duplicate=False))
-        self.trainables = {name: named[name] for name in engine.update.trainable_names}
+        self.trainables = engine.update.parameters()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -561,6 +564,8 @@ def fit(
     expected_batch_size: float = 256,
     physical_batch_size: int | Sequence[int] = 32,
     trainable: str | Sequence[str] = "bias",
+    exclude: str | Sequence[str] = (),
+    add_bias: bool = False,
     clipping: Clipping | None = None,
     backend: str = "eager",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
@@ -595,7 +600,9 @@ def fit(
         epochs, max_steps: exactly one of them; a public declaration.
         expected_batch_size: of a Poisson draw, in records; sample_rate is this divided by N. The public denominator.
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
-        trainable, clipping, backend: as in `compile`. Default clipping: AutomaticClipping(1.0).
+        trainable, exclude, add_bias, clipping, backend: as in `compile`. Default clipping: AutomaticClipping(1.0).
+            With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
+            to it: `eval_fn` and callbacks see them, and it comes back with them.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
         eval_fn: called with the model at the end of every epoch and of the run, without gradients, on data that you
@@ -667,6 +674,8 @@ def fit(
                 sampler.expected_batch_size,
                 physical_batch_size=physical_batch_size,
                 trainable=trainable,
+                exclude=exclude,
+                add_bias=add_bias,
                 clipping=clipping,
                 backend=backend,
                 public_tensors=public_tensors,
@@ -676,8 +685,8 @@ def fit(
                 example_batch=example_batch,
             )
             check_rows(engine.batches)
-            named = dict(model.named_parameters(remove_duplicate=False))
-            built = _build_optimizer(optimizer, [named[n] for n in engine.update.trainable_names], learning_rate)
+            trainables = engine.update.parameters()
+            built = _build_optimizer(optimizer, list(trainables.values()), learning_rate)
             settings = _settings(built)
             set_rates, schedule = _scheduler(lr_schedule, built, sampler.steps)
             seed = insecure_seed_for_tests
@@ -690,7 +699,7 @@ def fit(
                 "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
                 "graph_hash": _graph_hash(engine.compiled),
                 "num_trainable": engine.update.num_trainable,
-                "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "num_parameters": sum(p.numel() for p in {*model.parameters(), *trainables.values()}),
                 "dataset_size_assumed_public": dataset_size is None,
                 "tuning_covered": tuning_covered,
                 "insecure": key.insecure,
@@ -749,6 +758,7 @@ def fit(
                 run.restore(*store.load())
             else:
                 run.save()
+            engine.update.apply_added_biases()
             _train(run, sampler, eval_fn, callbacks, progress)
 
         statement = _make_statement(run.mechanism, run.step, run.charged)
@@ -801,6 +811,8 @@ def build_engine(
     *,
     physical_batch_size: int | Sequence[int] = 32,
     trainable: str | Sequence[str] = "bias",
+    exclude: str | Sequence[str] = (),
+    add_bias: bool = False,
     clipping: Clipping,
     backend: str = "eager",
     public_tensors: bool = False,
@@ -830,12 +842,15 @@ def build_engine(
             loss_fn,
             layout.on_device(example, device),
             trainable=selection,
+            exclude=exclude,
+            add_bias=add_bias,
             clipping=clipping,
             backend=backend,
             public_tensors=public_tensors,
         )
         for example in examples
     ]
+    steps = [step.sharing(steps[0]) if step.added_biases else step for step in steps]
     steps[0] = steps[0].with_noise(sigma, expected_batch_size)
     batches = PhysicalBatches(
         dataset,
@@ -894,11 +909,12 @@ def _write_results(folder: Path, run: _Run, statement: PrivacyStatement) -> None
         atomic_write_bytes(folder / f"privacy-earlier-{hashlib.sha256(kept).hexdigest()[:12]}.json", kept)
     statement.save(old)
     atomic_write_text(folder / SUMMARY, statement.summary())
-    model = run.engine.update.model
+    model, added = run.engine.update.model, run.engine.update.added_biases
     metadata = {
-        MODEL_FINGERPRINT: model_fingerprint(model),
+        MODEL_FINGERPRINT: model_fingerprint(model, [bias.name for bias in added]),
         FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, run.trainables),
         "graph_hash": statement.graph_hash,
         "run_id": statement.run_id,
+        **({ADDED_BIASES: describe_added(added)} if added else {}),
     }
     save_biases(folder / BIASES, {name: p.detach() for name, p in run.trainables.items()}, metadata)

@@ -65,7 +65,7 @@ class Probes:
 @contextmanager
 def parameters_set(step: Any, layout: Layout, flat: Array) -> Iterator[None]:
     """The trainables of the user's model hold ``flat`` inside, and their own values again afterwards, bit for bit."""
-    named = dict(step.model.named_parameters(remove_duplicate=False))
+    named = step.parameters()
     kept = {p.name: named[p.name].detach().clone() for p in layout.parameters}
     try:
         with torch.no_grad():
@@ -383,7 +383,7 @@ def check_eval(
     for rows in (3, 8):
         leaves = probes.batch(rows)
         mask = [] if eval_output is not None else [probes.mask(rows)]
-        with torch.no_grad():
+        with torch.no_grad(), step.biases_applied():
             want = tree_flatten(module(*leaves, *mask, *(torch.from_numpy(v) for v in values.values())))[0]
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)} | values
         if mask:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpbitfit_fx.biases import frozen_weights_fingerprint, model_fingerprint
+from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fingerprint, model_fingerprint
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
@@ -216,7 +216,7 @@ def example_rows(batch: Any, rows: int) -> list[torch.Tensor]:
 
 def flat_parameters(step: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The current values of the trainables, flat, in the step's order: float32[D]."""
-    named = dict(step.model.named_parameters(remove_duplicate=False))
+    named = step.parameters()
     flat = torch.cat([named[n].detach().reshape(-1).float().cpu() for n in step.trainable_names])
     return np.array(flat.numpy(), dtype=np.float32)
 
@@ -524,10 +524,11 @@ def manifest_of(
         "target": target,
         "graph_hash": step.graph_hash,
         "num_trainable": layout.num_trainable,
-        "num_parameters": sum(p.numel() for p in step.model.parameters()),
+        "num_parameters": sum(p.numel() for p in {*step.model.parameters(), *step.parameters().values()}),
         "fingerprints": {
-            "model_fingerprint": model_fingerprint(step.model),
+            "model_fingerprint": model_fingerprint(step.model, [b.name for b in step.added_biases]),
             "frozen_weights_sha256": frozen_weights_fingerprint(step.model, step.trainable_names),
+            **({ADDED_BIASES: describe_added(step.added_biases)} if step.added_biases else {}),
         },
         "parameters": [{**dataclasses.asdict(p), "shape": list(p.shape), "numel": p.numel} for p in layout.parameters],
         "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],

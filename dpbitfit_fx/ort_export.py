@@ -320,7 +320,8 @@ def export_ort_training(
 
         model = training_model(export_core(step, layout), float(step.max_grad_norm) * float(step.noise_multiplier))
         save_model(model, folder, "training_model.onnx")
-        evaluation, outputs = eval_model(step, layout, eval_output)
+        with step.biases_applied():
+            evaluation, outputs = eval_model(step, layout, eval_output)
         save_model(evaluation, folder, "eval_model.onnx")
         onnx.save(
             optimizer_model(chosen, len(layout.parameters), float(step.expected_batch_size)),

@@ -27,6 +27,7 @@ class Report:
     slow: tuple[str, ...] = ()
     packed: tuple[str, ...] = ()
     packed_bytes: int = 0
+    excluded: tuple[tuple[str, str], ...] = ()
 
     @property
     def share(self) -> float:
@@ -41,6 +42,7 @@ class Report:
             f"({self.share:.3%}); proved: {', '.join(self.facts)}; graph {self.graph_hash[:12]}"
         ]
         lines += [f"  trained  {name} {list(shape)} (by {rule})" for name, shape, rule in self.trained]
+        lines += [f"  excluded  {name} (by {pattern!r})" for name, pattern in self.excluded]
         lines += [f"  near miss  {name}: {why}" for name, why in self.near_misses]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
@@ -57,7 +59,7 @@ class Report:
 
 
 def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
-    params = dict(model.named_parameters())
+    params = {**dict(model.named_parameters()), **{b.name: joint.state[b.name] for b in joint.added}}
     operators: dict[str, int] = {}
     for node in joint.module.graph.nodes:
         if node.op == "call_function":
@@ -77,4 +79,5 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
         slow=joint.slow,
         packed=tuple(pack.target for pack in lowered.packs),
         packed_bytes=lowered.packed_bytes,
+        excluded=joint.selection.excluded,
     )

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functionalize, grad_and_value, vmap
 
-from . import closures, recurrent_rules, sample_rules, trainables
+from . import added_biases, closures, recurrent_rules, sample_rules, trainables
 from .attention_rule import attention
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
@@ -151,17 +151,26 @@ def capture(source: Source) -> JointGraph:
         if s.kind is InputKind.PARAMETER and name is not None and (n.users or name not in by_name):
             by_name[name] = n
     _refuse_loss_shape(next(n for n in module.graph.nodes if n.op == "output").args[0])
-    selection = trainables.select(source.model, source.trainable, by_name)
-    chosen = [t.name for t in selection.targets]
-    roles, targets = [], []
-    for s in specs:
-        target = canonical.get(str(s.target), str(s.target or "").removeprefix("model."))
-        is_trainable = s.kind is InputKind.PARAMETER and target in chosen
-        roles.append(Role.BATCH if s.kind is InputKind.USER_INPUT else Role.TRAINABLE if is_trainable else Role.FROZEN)
-        targets.append(target)
+    targets = [canonical.get(str(s.target), str(s.target or "").removeprefix("model.")) for s in specs]
     state = {**program.constants, **program.state_dict, **dict(source.model.named_parameters(remove_duplicate=False))}
     state = {k.removeprefix("model."): v for k, v in state.items()}
     state.update(dict(source.model.named_buffers(remove_duplicate=False)))
+    found = added_biases.Found()
+    if source.add_bias:
+        whole = _Whole(source, spec, split_batch(source.example_batch)[1], spec.num_leaves)
+        found = added_biases.lacking(program, whole, tensors, targets, state)
+    selection = trainables.select(source.model, source.trainable, by_name, source.exclude, found.nodes, found.misses)
+    chosen = [t.name for t in selection.targets]
+    roles = []
+    for s, target in zip(specs, targets, strict=True):
+        is_trainable = s.kind is InputKind.PARAMETER and target in chosen
+        roles.append(Role.BATCH if s.kind is InputKind.USER_INPUT else Role.TRAINABLE if is_trainable else Role.FROZEN)
+    added = found.named(chosen)
+    placeholders += added_biases.insert(module.graph, added)
+    module.recompile()
+    roles += [Role.TRAINABLE] * len(added)
+    targets += [b.name for b in added]
+    state.update(added_biases.zeros(added, source.model))
     frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
     interpreter = _OneSample(module)
     interpreter.trainable_masks = _masks_that_need_gradients(
@@ -202,7 +211,7 @@ def capture(source: Source) -> JointGraph:
         f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
     )
     joint_graph = JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
-    return dataclasses.replace(joint_graph, source=source, slow=slow)
+    return dataclasses.replace(joint_graph, source=source, slow=slow, added=tuple(added))
 
 
 def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:

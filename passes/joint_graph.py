@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One trainable: parameter name, shape and dtype, and the rule that chose it (``name``, ``structure``, a pattern)."""
+    """One trainable: parameter name, shape and dtype, and the rule that chose it: name, structure, pattern, add_bias."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,12 +64,32 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class AddedBias:
+    """A bias that the user's model lacks: ``y + b.reshape(view)`` behind the product of ``module`` (its path, '' the root).
+
+    Its name is ``module.leaf``; dtype and device are its weight's.
+    """
+
+    name: str
+    module: str
+    leaf: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is trained and what is not: near misses and unused parameters each carry the reason."""
+    """What is trained and what is not: near misses (name, reason), unused, and what was excluded (name, pattern)."""
 
     targets: tuple[Target, ...]
     near_misses: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +122,8 @@ class Source:
     clipping: Clipping | None = None
     noise: Noise | None = None
     public_tensors: bool = False
+    exclude: tuple[str, ...] = ()
+    add_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +132,8 @@ class JointGraph:
 
     Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
     After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
-    ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy).
+    ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy), and the name of
+    each of the ``added`` biases to a parameter that the model does not have.
     """
 
     module: fx.GraphModule
@@ -123,6 +147,7 @@ class JointGraph:
     noise: Noise | None = None
     source: Source | None = None
     slow: tuple[str, ...] = ()
+    added: tuple[AddedBias, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bias_slots import applied, moved
 from .errors import CompileRefused
 from .joint_graph import JointGraph, Role, Source
 from .model_state import dropout_off, untouched
@@ -22,14 +23,35 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 def check_meaning(joint: JointGraph) -> JointGraph:
     """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
     assert joint.source is not None
-    kinds = {"per sample", "mean", "sum"}
-    with untouched(joint.source.model), dropout_off(joint.source.model):
-        for batch in _probes(joint.source):
+    kinds, model = {"per sample", "mean", "sum"}, joint.source.model
+    probes = _probes(joint.source)
+    with untouched(model), dropout_off(model), applied(model, joint.added, joint.state):
+        for batch in probes:
             kinds &= _compare(joint, batch)
             if not kinds:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(_mixing(joint, batch, what))
+        _check_added(joint, probes[::3])
     return joint
+
+
+def _check_added(joint: JointGraph, probes: list[list[torch.Tensor]]) -> None:
+    """Added biases of zero prove nothing: with other values too, the model that has them must agree with the graph."""
+
+    def agrees(names: list[str]) -> bool:
+        with moved(joint.state[n] for n in names):
+            try:
+                return all(bool(_compare(joint, batch)) for batch in probes)
+            except CompileRefused:
+                return False
+
+    names = [b.name for b in joint.added]
+    if names and not agrees(names):
+        wrong = [n for n in names if not agrees([n])] or names
+        raise CompileRefused(
+            f"add_bias: {', '.join(wrong[:8])} would act in the model otherwise than in the captured step: the layer's own "
+            f"forward does not add a bias to its product alone. Leave it out, e.g. exclude={wrong[:8]!r}."
+        )
 
 
 def _probes(source: Source) -> list[list[torch.Tensor]]:

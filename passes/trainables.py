@@ -1,16 +1,19 @@
-"""Which parameters are trained: biases by name or by structure, or any by pattern (design §5)."""
+"""Which parameters are trained: biases by name or by structure, or any by pattern, less the excluded (design §5)."""
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import operator
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .errors import CompileRefused
-from .joint_graph import Selection, Target
+from .joint_graph import AddedBias, Selection, Target
 
 aten = torch.ops.aten
 NOT_A_BIAS = {"table", "position", "positional", "pos", "relative", "rel", "embedding", "embeddings", "mask", "weight"}
@@ -46,27 +49,68 @@ def is_bias_name(name: str) -> bool:
     return "bias" in words and not words & NOT_A_BIAS
 
 
-def select_by_name(model: nn.Module, trainable: str | tuple[str, ...] | list[str] = "bias") -> list[str]:
-    """Names, in ``named_parameters`` order, that ``trainable`` takes by name alone; tied parameters appear once."""
-    names = [name for name, _ in model.named_parameters()]
+def select_by_name(
+    model: nn.Module, trainable: str | tuple[str, ...] | list[str] = "bias", added: Iterable[str] = ()
+) -> list[str]:
+    """Names, in ``named_parameters`` order, that ``trainable`` takes by name alone; tied parameters appear once.
+
+    ``added`` are the names of biases that the model lacks and that may be trained all the same.
+    """
+    added = list(added)
+    names = [name for name, _ in model.named_parameters()] + added
     if trainable == "bias":
         return [n for n in names if is_bias_name(n)]
     if trainable == "all":
         return names
     patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-    aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    taken: set[str] = set()
     for pattern in patterns:
-        if pattern != "bias" and not fnmatch.filter(aliases, pattern):
-            raise CompileRefused(
-                f"trainable pattern {pattern!r} matches no parameter of {type(model).__name__}. Names look like "
-                f"{', '.join(names[:3])}; patterns are shell-style, such as '*bias' or 'classifier.*'."
-            )
+        matched = _matches(model, pattern, added)
+        if not matched and pattern != "bias":
+            raise CompileRefused(_no_match(model, "trainable", pattern, added))
+        taken |= matched
+    return [n for n in names if n in taken]
+
+
+def _matches(model: nn.Module, pattern: str, added: Sequence[str] = ()) -> set[str]:
+    """First names of the parameters of which any name matches; ``"bias"`` is every bias by name."""
+    if pattern == "bias":
+        return {n for n in (*dict(model.named_parameters()), *added) if is_bias_name(n)}
     first = {id(p): name for name, p in model.named_parameters()}
     every = dict(model.named_parameters(remove_duplicate=False))
-    taken = {first[id(every[a])] for a in aliases if any(fnmatch.fnmatchcase(a, p) for p in patterns)}
-    if "bias" in patterns:
-        taken |= {n for n in names if is_bias_name(n)}
-    return [n for n in names if n in taken]
+    return {first[id(every[a])] for a in every if fnmatch.fnmatchcase(a, pattern)} | set(fnmatch.filter(added, pattern))
+
+
+def _no_match(model: nn.Module, option: str, pattern: str, added: Sequence[str]) -> str:
+    names = [*dict(model.named_parameters(remove_duplicate=False)), *added]
+    plain = re.sub(r"[*?!\[\]]", "", pattern).strip(".")
+
+    def likeness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, plain, part).ratio() for part in (name, *name.split(".")))
+
+    near = sorted(names, key=likeness, reverse=True)[:4]
+    return (
+        f"{option} pattern {pattern!r} matches no parameter of {type(model).__name__}. The nearest names are "
+        f"{', '.join(near)}; patterns are shell-style and match the whole name, such as '*bias' or 'classifier.*'."
+    )
+
+
+def _exclude(
+    model: nn.Module, exclude: Sequence[str], rules: Mapping[str, str], added: Sequence[str]
+) -> dict[str, str]:
+    """``{name: pattern}`` of what is taken out of ``rules``; a pattern that takes nothing out is refused."""
+    excluded: dict[str, str] = {}
+    for pattern in exclude:
+        matched = _matches(model, pattern, added)
+        if not matched:
+            raise CompileRefused(_no_match(model, "exclude", pattern, added))
+        if not matched & rules.keys():
+            raise CompileRefused(
+                f"exclude pattern {pattern!r} takes nothing out: none of what it matches ({', '.join(sorted(matched)[:3])}) "
+                f"would be trained. What would be: {', '.join(list(rules)[:3])}. Leave the pattern out, or correct it."
+            )
+        excluded.update({n: pattern for n in rules if n in matched and n not in excluded})
+    return excluded
 
 
 def added_only(placeholder: fx.Node) -> str | None:
@@ -94,12 +138,23 @@ def added_only(placeholder: fx.Node) -> str | None:
     return None if additions else "it is never added to an activation"
 
 
-def select(model: nn.Module, trainable: str | tuple[str, ...], placeholders: dict[str, fx.Node]) -> Selection:
-    """Names, then structure. ``placeholders`` maps a parameter's name to its node in the exported one-sample graph."""
-    params = dict(model.named_parameters())
-    named = select_by_name(model, trainable)
-    rules = {n: "name" if trainable == "bias" else "pattern" for n in named}
-    misses: list[tuple[str, str]] = []
+def select(
+    model: nn.Module,
+    trainable: str | tuple[str, ...],
+    placeholders: dict[str, fx.Node],
+    exclude: tuple[str, ...] = (),
+    added: Iterable[AddedBias] = (),
+    passed_over: Mapping[str, str] | None = None,
+) -> Selection:
+    """Names, then structure, less ``exclude``. ``placeholders`` maps a parameter's name to its node in the exported graph.
+
+    ``added`` biases are chosen by the same patterns; ``passed_over`` are those that could not be added, with the reason.
+    """
+    params: dict[str, Any] = dict(model.named_parameters())
+    new = {b.name: b for b in added}
+    named = select_by_name(model, trainable, new)
+    rules = {n: "add_bias" if n in new else "name" if trainable == "bias" else "pattern" for n in named}
+    misses: list[tuple[str, str]] = list((passed_over or {}).items())
     if trainable == "bias" or (not isinstance(trainable, str) and "bias" in trainable):
         for name, p in params.items():
             node = placeholders.get(name)
@@ -114,7 +169,9 @@ def select(model: nn.Module, trainable: str | tuple[str, ...], placeholders: dic
                 misses.append((name, "it is added to activations but varies along a token or spatial axis"))
             elif "bias" in words:
                 misses.append((name, f"its name says bias, but it is a table or {reason}"))
-    unused = [n for n in rules if n not in placeholders or not placeholders[n].users]
+    excluded = _exclude(model, exclude, rules, list(new))
+    rules = {n: rule for n, rule in rules.items() if n not in excluded}
+    unused = [n for n in rules if n not in new and (n not in placeholders or not placeholders[n].users)]
     if not isinstance(trainable, str) or trainable not in ("bias", "all"):
         patterns = [trainable] if isinstance(trainable, str) else trainable
         for name in unused:
@@ -124,17 +181,21 @@ def select(model: nn.Module, trainable: str | tuple[str, ...], placeholders: dic
                     "Leave it out of `trainable`, or use it in the model or the loss."
                 )
     targets = tuple(
-        Target(n, tuple(p.shape), p.dtype, rules[n]) for n, p in params.items() if n in rules and n not in unused
+        Target(n, tuple(p.shape), p.dtype, rules[n])
+        for n, p in {**params, **new}.items()
+        if n in rules and n not in unused
     )
     if not targets:
+        less = f" less {list(exclude)!r}" if exclude else ""
         raise CompileRefused(
-            f"{type(model).__name__} has no parameter for trainable={trainable!r} that the loss uses: nothing would be "
-            "trained. Give name patterns, e.g. trainable=['*norm*', 'classifier.*']."
+            f"{type(model).__name__} has no parameter for trainable={trainable!r}{less} that the loss uses: "
+            "nothing would be trained. Give name patterns, e.g. trainable=['*norm*', 'classifier.*'], "
+            "or add_bias=True for new biases behind the products that lack one."
         )
     for t in targets:
         if not t.dtype.is_floating_point:
             raise CompileRefused(f"{t.name} has dtype {t.dtype}; only floating point parameters can be trained.")
-    return Selection(targets, tuple(misses), tuple(unused))
+    return Selection(targets, tuple(misses), tuple(unused), tuple(excluded.items()))
 
 
 def _channel_axis(p: torch.Tensor) -> bool:
