@@ -850,7 +850,7 @@ def build_engine(
         )
         for example in examples
     ]
-    steps = [step.sharing(steps[0]) if step.added_biases else step for step in steps]
+    steps[1:] = [step.sharing(steps[0]) if step.added_biases else step for step in steps[1:]]
     steps[0] = steps[0].with_noise(sigma, expected_batch_size)
     batches = PhysicalBatches(
         dataset,

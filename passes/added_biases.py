@@ -132,7 +132,7 @@ def _leave_out_doubtful(
             with applied(model, [bias], {bias.name: value}):
                 try:
                     loss = theirs()
-                except (RuntimeError, TypeError, ValueError):
+                except Exception:
                     loss = None
         tolerance = 1e-3 if bias.dtype.itemsize >= 4 else 0.05
         if loss is None or not torch.allclose(

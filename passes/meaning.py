@@ -6,7 +6,7 @@ gradients must agree. Rewrites nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     probes = _probes(joint.source)
     with untouched(model), dropout_off(model), applied(model, joint.added, joint.state):
         for batch in probes:
-            kinds &= _compare(joint, batch)
+            kinds &= _compare_at_zero(joint, batch)
             if not kinds:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(_mixing(joint, batch, what))
@@ -35,23 +35,42 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     return joint
 
 
+def _compare_at_zero(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
+    """:func:`_compare`, in which an added bias that the model does not add is not mistaken for mixed samples."""
+    try:
+        return _compare(joint, batch)
+    except CompileRefused:
+        added = [b.name for b in joint.added]
+        own = {t.name for t in joint.targets} - set(added)
+        if added and _agrees(joint, [batch], own):
+            _refuse_added([n for n in added if not _agrees(joint, [batch], own | {n})])
+        raise
+
+
 def _check_added(joint: JointGraph, probes: list[list[torch.Tensor]]) -> None:
-    """Added biases of zero prove nothing: with other values too, the model that has them must agree with the graph."""
+    """Biases of zero prove little of themselves: with other values too, the model that has them must agree."""
 
     def agrees(names: list[str]) -> bool:
         with moved(joint.state[n] for n in names):
-            try:
-                return all(bool(_compare(joint, batch)) for batch in probes)
-            except CompileRefused:
-                return False
+            return _agrees(joint, probes)
 
     names = [b.name for b in joint.added]
     if names and not agrees(names):
-        wrong = [n for n in names if not agrees([n])] or names
-        raise CompileRefused(
-            f"add_bias: {', '.join(wrong[:8])} would act in the model otherwise than in the captured step: the layer's own "
-            f"forward does not add a bias to its product alone. Leave it out, e.g. exclude={wrong[:8]!r}."
-        )
+        _refuse_added([n for n in names if not agrees([n])] or names)
+
+
+def _agrees(joint: JointGraph, probes: list[list[torch.Tensor]], names: set[str] | None = None) -> bool:
+    try:
+        return all(bool(_compare(joint, batch, names)) for batch in probes)
+    except CompileRefused:
+        return False
+
+
+def _refuse_added(wrong: list[str]) -> NoReturn:
+    raise CompileRefused(
+        f"add_bias: {', '.join(wrong[:8])} would act in the model otherwise than in the captured step: the layer's own "
+        f"forward does not add a bias to its product alone. Leave it out, e.g. exclude={wrong[:8]!r}."
+    )
 
 
 def _probes(source: Source) -> list[list[torch.Tensor]]:
@@ -97,11 +116,13 @@ def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
     return loss
 
 
-def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
+def _compare(joint: JointGraph, batch: list[torch.Tensor], names: set[str] | None = None) -> set[str]:
+    """What the scalar loss can be; refuses where losses, or gradients (of ``names`` alone, if given), differ."""
     source, size, coarse = joint.source, batch[0].shape[0], _rounds_to(joint)
     assert source is not None
     params = dict(source.model.named_parameters())
-    chosen = [params[t.name] for t in joint.targets]
+    taken = [i for i, t in enumerate(joint.targets) if names is None or t.name in names]
+    chosen = [params[joint.targets[i].name] for i in taken]
     flags = [p.requires_grad for p in chosen]
     try:
         for p in chosen:
@@ -145,6 +166,8 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
                 raise CompileRefused(
                     _mixing(joint, batch, f"{scalar} losses differ from those of each sample alone".strip())
                 )
+            if not chosen:
+                return kinds
             if not objective.requires_grad:
                 raise CompileRefused(
                     "The loss has no gradient with respect to any trainable: loss_fn or the model detaches it, or runs under "
@@ -154,6 +177,7 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
     finally:
         for p, flag in zip(chosen, flags, strict=True):
             p.requires_grad_(flag)
+    gradients = [gradients[i] for i in taken]
     ours = [torch.einsum("b,b...->...", weights.to(g), g) for g in gradients]
     flat_ours = torch.cat([g.flatten().double() for g in ours])
     flat_theirs = torch.cat(

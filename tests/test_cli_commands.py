@@ -93,6 +93,10 @@ def test_train_inspect_and_export_work_on_a_users_own_files(model_dir: Path, csv
     assert seen.exit_code == 0, seen.output
     assert "encoder.encoder.layer.0.attention.self.query.bias" in seen.stdout
     assert "head.weight" in seen.stdout
+    less = invoke("inspect", model_dir, "--length", 8, "--exclude", "*LayerNorm*")
+    assert less.exit_code == 0, less.output
+    assert "excluded  encoder.embeddings.LayerNorm.bias" in " ".join(less.stdout.split("\n"))
+    one_paragraph(invoke("inspect", model_dir, "--length", 8, "--exclude", "*LayrNorm*"), "LayerNorm.bias")
 
     pytest.importorskip("onnxruntime")
     exported = invoke("export", output, model_dir, "--output", tmp_path / "onnx", "--format", "onnx")

@@ -149,6 +149,50 @@ def test_a_model_without_any_bias_is_refused() -> None:
     assert step.trainable_names == ("weight",)
 
 
+def test_an_excluded_bias_is_not_trained_and_the_report_says_by_which_pattern() -> None:
+    model = Sandwich(nn.LayerNorm(8))
+    step = dpb.compile(model, losses, points(), exclude=["middle.*", "last*"])
+    assert step.trainable_names == ("first.bias",)
+    report = step.report()
+    assert report.excluded == (("middle.bias", "middle.*"), ("last.bias", "last*"))
+    assert "  excluded  middle.bias (by 'middle.*')" in str(report).splitlines()
+    assert report.share == 8 / sum(p.numel() for p in model.parameters())
+    assert dpb.compile(model, losses, points(), exclude="middle.*").trainable_names == ("first.bias", "last.bias")
+
+
+def test_a_bias_by_structure_can_be_excluded_and_is_no_near_miss_then() -> None:
+    step = dpb.compile(Tokens(), losses, (torch.randn(4, 5, 6), points()[1]), exclude=["shift", "spread"])
+    assert set(step.trainable_names) == {"first.bias", "last.bias"}
+    assert not {"shift", "spread"} & dict(step.report().near_misses).keys()
+
+
+def test_the_last_blocks_only_by_patterns() -> None:
+    blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    only = ("middle.2.bias", "middle.3.bias")
+    assert dpb.compile(Sandwich(blocks), losses, points(), trainable=["middle.[23].bias"]).trainable_names == only
+    step = dpb.compile(Sandwich(blocks), losses, points(), exclude=["first.*", "last.*", "middle.[01].*"])
+    assert step.trainable_names == only
+
+
+def test_everything_but_the_biases() -> None:
+    step = dpb.compile(Sandwich(), losses, points(), trainable="all", exclude="bias")
+    assert step.trainable_names == ("first.weight", "last.weight")
+
+
+def test_an_excluded_name_of_a_tied_parameter_excludes_it_under_every_name() -> None:
+    assert dpb.compile(Shared(), losses, points(), exclude=["again.*"]).trainable_names == ("last.bias",)
+
+
+def test_an_exclude_pattern_that_takes_nothing_out_is_refused_with_near_names() -> None:
+    model = Sandwich(nn.LayerNorm(8))
+    message = refusal(model, exclude=["midle.*"])
+    assert "exclude pattern 'midle.*' matches no parameter" in message and "middle.bias" in message
+    message = refusal(model, exclude=["*weight"])
+    assert "takes nothing out" in message and "first.bias" in message
+    message = refusal(model, exclude=["*bias"])
+    assert "nothing would be trained" in message and "*bias" in message
+
+
 class Criterion(nn.Module):
     """A loss that is itself a module, with a weight of its own."""
 
