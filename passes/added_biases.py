@@ -67,7 +67,7 @@ def lacking(
     rows = iter(one)
     values = [next(rows) if s.kind is InputKind.USER_INPUT else state[t].detach() for s, _, t in inputs]
     with untouched(model), dropout_off(model):
-        _leave_out_doubtful(found, module, model, values, lambda: whole(*one))
+        _leave_out_doubtful(found, module, model, values, lambda: whole(*(x.clone() for x in one)))
     return found
 
 
