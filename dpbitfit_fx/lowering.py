@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -21,6 +23,13 @@ def check_lowering(backend: str, disable: Collection[str]) -> None:
     """Raises CompileRefused for a backend or an optimization that does not exist, and lists those that do."""
     if backend not in BACKENDS:
         raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend == "inductor" and not any(
+        shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c
+    ):
+        raise CompileRefused(
+            "backend='inductor' generates C++ and finds no compiler for it. Install g++ (or clang++), name one in the "
+            "environment variable CXX, or use backend='eager'."
+        )
     names = [disable] if isinstance(disable, str) else disable
     for name in names:
         if name not in OPTIMIZATIONS:
