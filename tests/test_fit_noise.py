@@ -254,7 +254,7 @@ def test_a_long_run_shows_epsilon_speed_and_time_left_on_standard_error(
 ) -> None:
     ticks = itertools.count()
     clock = types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
-    monkeypatch.setattr(sys.modules["dpbitfit_fx.fit"], "time", clock)
+    monkeypatch.setattr(sys.modules["dpbitfit_fx.progress"], "time", clock)
     run(None, progress=True)
     shown = capfd.readouterr()
     assert shown.out == "" and "epsilon <=" in shown.err and "steps/s" in shown.err

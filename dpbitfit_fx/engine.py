@@ -1,0 +1,169 @@
+"""The private computation of `fit`: records in, one clipped sum, one noisy gradient out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import dpbitfit_fx
+from dpbitfit_fx.batching import (
+    ItemLayout,
+    MapDataset,
+    PhysicalBatch,
+    PhysicalBatches,
+    global_random_state_kept,
+    load_item,
+)
+from dpbitfit_fx.errors import DataError, DPBitFitError
+from dpbitfit_fx.passes.clipping import Clipping
+from dpbitfit_fx.randomness import SecretKey, stream
+from dpbitfit_fx.sampling import PoissonSampler
+
+if TYPE_CHECKING:
+    from dpbitfit_fx.compile import PrivateStep
+
+__all__ = ["Engine", "build_engine", "graph_hash_of"]
+
+
+class Engine:
+    """One logical batch at a time: records -> physical batches -> one clipped sum -> one noisy gradient.
+
+    Args:
+        compiled: one PrivateStep per bucket (padded length), same trainables in the same order; the first has noise.
+        batches: turns rows into physical batches.
+        sampler: draws over all records that are really there.
+
+    Guarantee: `clipped_sum(rows)` changes by at most max_grad_norm (L2, in real numbers) when one row is added or
+    removed; `private_gradient` adds noise exactly once, whatever the number of physical batches, none included.
+    """
+
+    def __init__(self, compiled: Sequence[PrivateStep], batches: PhysicalBatches, sampler: PoissonSampler) -> None:
+        first = compiled[0]
+        if any(step.trainable_names != first.trainable_names for step in compiled):
+            raise DataError("The step compiled for one padded length trains other parameters than for another.")
+        self.compiled = tuple(compiled)
+        self.batches = batches
+        self.sampler = sampler
+
+    @property
+    def update(self) -> PrivateStep:
+        return self.compiled[0]
+
+    def clipped_sum(self, rows: Sequence[int], secret: bytes = b"") -> torch.Tensor:
+        """The clipped sum over `rows`, flat, [D]. Private: only noise may follow."""
+        with global_random_state_kept(), torch.no_grad():
+            accumulator = self.update.zero_accumulator()
+            for batch in self.batches.split(rows, secret):
+                accumulator = self._accumulate(batch, accumulator)
+            return accumulator
+
+    def drawn_sum(self, key: SecretKey, step: int) -> torch.Tensor:
+        """The clipped sum of the Poisson draw of `step`; replays bit for bit for the same key, step and parameters."""
+        rows = self.sampler.draw(key, step).tolist()
+        return self.clipped_sum(rows, stream(key, "records", step).bytes(32))
+
+    def private_gradient(self, key: SecretKey, step: int, accumulator: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(clipped sum + sigma R z) / expected batch size, by parameter name. May be released."""
+        update = self.update
+        normals = torch.from_numpy(stream(key, "noise", step).normal(update.num_trainable))
+        noise = normals.to(dtype=update.dtype, device=update.device)
+        with torch.no_grad():
+            return update.unflatten(update.privatize(accumulator, noise))
+
+    def _accumulate(self, batch: PhysicalBatch, accumulator: torch.Tensor) -> torch.Tensor:
+        step = self.compiled[batch.bucket]
+        try:
+            return step.accumulate(batch.batch, batch.sample_mask, accumulator)
+        except DPBitFitError:
+            raise
+        except (IndexError, ValueError, RuntimeError):
+            for row in batch.rows:
+                self._blame(row, step)
+            raise
+
+    def _blame(self, row: int, step: PrivateStep) -> None:
+        """Names the record on which the model fails by itself, and nothing else of the draw."""
+        bucket, values = self.batches.load(row, b"")
+        alone = self.batches.assemble(bucket, [values], [row])
+        try:
+            step.accumulate(alone.batch, alone.sample_mask, step.zero_accumulator())
+        except Exception as error:
+            raise DataError(
+                f"The model fails with {type(error).__name__} on row {row} of the dataset. Likely a label outside the "
+                f"model's classes or a token id outside its vocabulary. The message is withheld because it may quote "
+                f"the record; run the loss on that row alone to see it."
+            ) from None
+
+
+def build_engine(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    dataset: MapDataset,
+    sampler: PoissonSampler,
+    sigma: float,
+    expected_batch_size: float,
+    *,
+    physical_batch_size: int | Sequence[int] = 32,
+    trainable: str | Sequence[str] = "bias",
+    exclude: str | Sequence[str] = (),
+    add_bias: bool = False,
+    clipping: Clipping,
+    backend: str = "eager",
+    public_tensors: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    padded_lengths: Any = None,
+    pad_values: Mapping[str, float] | float | None = None,
+    example_batch: Any = None,
+) -> Engine:
+    """One step compiled per padded length, and the batches for them: everything of `fit` that touches a gradient.
+
+    `sampler` draws over the records that are really there; the other arguments are those of `fit`.
+    """
+    # Through the package, so that importing the submodule does not leave `dpbitfit_fx.compile` bound to a module.
+    compile_step: Callable[..., PrivateStep] = dpbitfit_fx.__getattr__("compile")
+    if example_batch is None:
+        with global_random_state_kept():
+            template = load_item(dataset, collate_fn, 0)
+    else:
+        template = example_batch
+    layout = ItemLayout.build(template, padded_lengths, pad_values, is_example=example_batch is not None)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    selection = trainable if isinstance(trainable, str) else list(trainable)
+    examples = [layout.example_batch(bucket) for bucket in range(layout.buckets)]
+    steps = [
+        compile_step(
+            model,
+            loss_fn,
+            layout.on_device(example, device),
+            trainable=selection,
+            exclude=exclude,
+            add_bias=add_bias,
+            clipping=clipping,
+            backend=backend,
+            public_tensors=public_tensors,
+        )
+        for example in examples
+    ]
+    steps[1:] = [step.sharing(steps[0]) if step.added_biases else step for step in steps[1:]]
+    steps[0] = steps[0].with_noise(sigma, expected_batch_size)
+    batches = PhysicalBatches(
+        dataset,
+        layout,
+        physical_batch_size,
+        collate_fn=collate_fn,
+        dummies=examples,
+        mask_dtype=steps[0].dtype,
+        device=device,
+    )
+    return Engine(steps, batches, sampler)
+
+
+def graph_hash_of(compiled: Sequence[PrivateStep]) -> str:
+    """Of the one graph, or of all of them where there is one per padded length."""
+    if len(compiled) == 1:
+        return compiled[0].graph_hash
+    return hashlib.sha256("\n".join(step.graph_hash for step in compiled).encode()).hexdigest()
