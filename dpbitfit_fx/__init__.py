@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .fit import FitResult, fit
     from .onnx_export import export_onnx
     from .ort_export import export_ort_training
+    from .phases import Phase
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "DPBitFitError": "errors",
     "FitResult": "fit",
     "FlatClipping": "clipping",
+    "Phase": "phases",
     "PrivateStep": "compile",
     "SealBroken": "errors",
     "compile": "compile",
@@ -43,6 +45,7 @@ __all__ = [
     "DPBitFitError",
     "FitResult",
     "FlatClipping",
+    "Phase",
     "PrivateStep",
     "SealBroken",
     "compile",

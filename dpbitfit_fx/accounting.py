@@ -209,10 +209,10 @@ def _check_noise(noise_multiplier: float) -> float:
 _Plan: TypeAlias = tuple[tuple[float, float, int], ...]
 
 
-def _plan(own: tuple[float, float, int] | None, prior: Sequence[PriorRun]) -> _Plan:
+def _plan(own: Iterable[tuple[float, float, int]], prior: Sequence[PriorRun]) -> _Plan:
     steps: dict[tuple[float, float], int] = {}
     entries = [(run.sample_rate, run.noise_multiplier, run.steps) for run in prior]
-    for rate, sigma, count in entries if own is None else [*entries, own]:
+    for rate, sigma, count in [*entries, *own]:
         if count:
             steps[rate, sigma] = steps.get((rate, sigma), 0) + count
     return tuple((rate, sigma, count) for (rate, sigma), count in sorted(steps.items()))
@@ -290,9 +290,24 @@ def epsilon(
     Raises:
         PrivacyError: an argument is unusable, or no finite epsilon exists.
     """
-    delta = check_target_delta(target_delta, sampler.dataset_size)
     charged = _charged(sampler.steps if steps is None else steps, lost_steps)
-    own = (sampler.sample_rate, _check_noise(noise_multiplier), charged)
+    return epsilon_of_phases([(sampler, charged)], noise_multiplier, target_delta, prior)
+
+
+def epsilon_of_phases(
+    phases: Sequence[tuple[PoissonSampler, int]],
+    noise_multiplier: float,
+    target_delta: float,
+    prior: Prior | Iterable[Prior] = (),
+) -> float:
+    """Epsilon of a run of several phases, composed exactly: ``epsilon`` for (sampler, steps charged) of each.
+
+    Raises:
+        PrivacyError: an argument is unusable, or no finite epsilon exists.
+    """
+    delta = check_target_delta(target_delta, phases[0][0].dataset_size)
+    sigma = _check_noise(noise_multiplier)
+    own = [(sampler.sample_rate, sigma, _charged(charged, 0)) for sampler, charged in phases]
     return _finite(_epsilon(_plan(own, resolve_prior(prior)), delta), delta)
 
 
@@ -304,7 +319,7 @@ def _charged(steps: int, lost_steps: int) -> int:
 
 
 def solve_noise_multiplier(
-    sampler: PoissonSampler,
+    sampler: PoissonSampler | Sequence[PoissonSampler],
     target_epsilon: float,
     target_delta: float,
     prior: Prior | Iterable[Prior] = (),
@@ -312,23 +327,28 @@ def solve_noise_multiplier(
     """The smallest noise multiplier (within 0.1 %) whose planned steps, composed with ``prior``, stay within the
     target.
 
-    Guarantee: ``epsilon(sampler, result, target_delta, prior=prior) <= target_epsilon``.
+    Args:
+        sampler: the run's, or one for each of its phases, which then share the noise multiplier.
+
+    Guarantee: ``epsilon(sampler, result, target_delta, prior=prior) <= target_epsilon``, and ``epsilon_of_phases``
+    likewise.
 
     Raises:
         PrivacyError: an argument is unusable, or the earlier runs already spent the target.
     """
-    delta = check_target_delta(target_delta, sampler.dataset_size)
+    samplers = (sampler,) if isinstance(sampler, PoissonSampler) else tuple(sampler)
+    delta = check_target_delta(target_delta, samplers[0].dataset_size)
     target = check_target_epsilon(target_epsilon)
     runs = resolve_prior(prior)
-    return _solve(sampler.sample_rate, sampler.steps, target, delta, runs)
+    return _solve(tuple((s.sample_rate, s.steps) for s in samplers), target, delta, runs)
 
 
 @lru_cache(maxsize=256)
-def _solve(rate: float, steps: int, target: float, delta: float, runs: tuple[PriorRun, ...]) -> float:
+def _solve(phases: tuple[tuple[float, int], ...], target: float, delta: float, runs: tuple[PriorRun, ...]) -> float:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    spent = _epsilon(_plan(None, runs), delta)
+    spent, steps = _epsilon(_plan((), runs), delta), sum(count for _, count in phases)
     if spent >= target:
         raise PrivacyError(
             f"The {len(runs)} earlier run(s) on these records already spend epsilon = {format_epsilon(spent)} at "
@@ -337,7 +357,7 @@ def _solve(rate: float, steps: int, target: float, delta: float, runs: tuple[Pri
         )
 
     def plan(sigma: float) -> _Plan:
-        return _plan((rate, sigma, steps), runs)
+        return _plan([(rate, sigma, count) for rate, count in phases], runs)
 
     def coarse(sigma: float) -> float:
         return _epsilon(plan(sigma), delta, 8.0)
@@ -416,7 +436,7 @@ class EpsilonTracker:
         self._stride = -(-sampler.steps // points)
 
     def _value(self, charged: int, coarsening: float) -> float:
-        plan = _plan((self._sampler.sample_rate, self._noise_multiplier, charged), self._prior)
+        plan = _plan([(self._sampler.sample_rate, self._noise_multiplier, charged)], self._prior)
         return _finite(_epsilon(plan, self._delta, coarsening), self._delta)
 
     def at(self, step: int, lost_steps: int = 0) -> float:

@@ -34,7 +34,7 @@ from dpbitfit_fx.randomness import SecretKey, stream
 
 __all__ = ["CheckpointStore", "JournalEntry", "SavedState", "decode", "encode", "key_id", "sum_digest"]
 
-FORMAT = "dpbitfit_fx.checkpoint.v1"
+FORMAT = "dpbitfit_fx.checkpoint.v2"
 _PRIVATE = 0o600
 
 
@@ -113,11 +113,11 @@ class SavedState:
     """Everything a run needs to go on at `step` (number of steps done).
 
     mechanism: what ε depends on; another mechanism cannot be continued. fingerprint: what a bit-for-bit replay depends
-    on. charged_steps: steps lost, and paid for, before. statement: what privacy.json would say of the budget spent.
+    on. charged_steps: steps lost, and paid for, before, in each phase. optimizer: of the phase that takes `step`.
     """
 
     step: int
-    charged_steps: int
+    charged_steps: list[int]
     mechanism: dict[str, Any]
     fingerprint: dict[str, Any]
     trainables: dict[str, torch.Tensor]
@@ -207,7 +207,7 @@ class CheckpointStore:
         for parameter, value in state.trainables.items():
             tensors[f"trainable.{parameter}"] = value.detach().cpu().clone().contiguous()
         payload = safetensors.torch.save(tensors)
-        file = f"state-{state.step}-{state.charged_steps}.safetensors"
+        file = f"state-{state.step}-{sum(state.charged_steps)}.safetensors"
         content = {
             "format": FORMAT,
             "step": state.step,

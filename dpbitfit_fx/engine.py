@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from dpbitfit_fx.batching import (
 )
 from dpbitfit_fx.errors import DataError, DPBitFitError
 from dpbitfit_fx.passes.clipping import Clipping
+from dpbitfit_fx.phases import joined_hash
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -164,6 +164,4 @@ def build_engine(
 
 def graph_hash_of(compiled: Sequence[PrivateStep]) -> str:
     """Of the one graph, or of all of them where there is one per padded length."""
-    if len(compiled) == 1:
-        return compiled[0].graph_hash
-    return hashlib.sha256("\n".join(step.graph_hash for step in compiled).encode()).hexdigest()
+    return joined_hash([step.graph_hash for step in compiled])

@@ -13,14 +13,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpbitfit_fx.accounting import EpsilonTracker, Prior, check_target_delta, resolve_prior, solve_noise_multiplier
+from dpbitfit_fx.accounting import Prior, check_target_delta, epsilon_of_phases, resolve_prior, solve_noise_multiplier
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
 from dpbitfit_fx.biases import (
     ADDED_BIASES,
@@ -37,11 +36,12 @@ from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, Privac
 from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, ensure_output_folder, read_bytes
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
+from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
 from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
-from dpbitfit_fx.training_run import TrainingRun, abandon, frozen_digest, make_statement
+from dpbitfit_fx.training_run import Stage, TrainingRun, abandon, frozen_digest
 
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
@@ -80,6 +80,7 @@ def fit(
     noise_multiplier: float | None = None,
     epochs: float | None = None,
     max_steps: int | None = None,
+    phases: Sequence[Phase] | None = None,
     expected_batch_size: float = 256,
     physical_batch_size: int | Sequence[int] = 32,
     trainable: str | Sequence[str] = "bias",
@@ -116,7 +117,10 @@ def fit(
         dataset: map-style. An item is a pytree of tensors, arrays, numbers and lists of numbers: one privacy unit.
         target_epsilon, noise_multiplier: exactly one of them. The first solves for the second.
         target_delta: below 1/N. Default: the largest power of ten that is at most 1/(10 N), recorded in privacy.json.
-        epochs, max_steps: exactly one of them; a public declaration.
+        epochs, max_steps: exactly one of them; a public declaration. With `phases`, neither.
+        phases: train in phases, one after the other, under one noise multiplier and one ε: X+BiTFiT is
+            `[Phase(trainable="all", epochs=1), Phase(trainable="bias", epochs=2)]`. What a Phase leaves out is taken
+            from these arguments. biases.safetensors then holds every parameter that any phase trained.
         expected_batch_size: of a Poisson draw, in records; sample_rate is this divided by N. The public denominator.
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
         trainable, exclude, add_bias, clipping, backend: as in `compile`. Default clipping: AutomaticClipping(1.0).
@@ -124,8 +128,8 @@ def fit(
             to it: `eval_fn` and callbacks see them, and it comes back with them.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
-        eval_fn: called with the model at the end of every epoch and of the run, without gradients, on data that you
-            call **public**: its result is reported as it is.
+        eval_fn: called with the model at the end of every epoch, of every phase and of the run, without gradients, on
+            data that you call **public**: its result is reported as it is.
         collate_fn: called with a list of **one** item.
         padded_lengths: public lengths; dimension 0 of an item is padded to the smallest that holds that item. One tuple
             for all sequences, or a mapping from key to tuple. Records longer than the largest are an error.
@@ -152,14 +156,32 @@ def fit(
         PrivacyError, DataError, ArtifactError, CheckpointError, CompileRefused: before any budget is spent wherever the
         cause can be seen by then. Interrupted at any moment, the same call continues from output_dir.
     """
-    clipping = AutomaticClipping() if clipping is None else clipping
     if (target_epsilon is None) == (noise_multiplier is None):
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
     records = _dataset_length(dataset)
     size = records if dataset_size is None else dataset_size
-    sampler = PoissonSampler.from_expected_batch_size(size, expected_batch_size, epochs=epochs, steps=max_steps)
+    clipping = AutomaticClipping() if clipping is None else clipping
+    whole = Phase(
+        trainable=trainable,
+        exclude=exclude,
+        epochs=epochs,
+        max_steps=max_steps,
+        expected_batch_size=expected_batch_size,
+        clipping=clipping,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        lr_schedule=lr_schedule,
+    )
+    plan = plan_phases(phases, whole)
+    if add_bias and len(plan) > 1:
+        raise PrivacyError(
+            "add_bias=True cannot be combined with several phases: the graph of a phase that does not train the added "
+            "biases would leave them out. Call fit once for each phase, and pass the first run's privacy.json as prior= "
+            "to the second."
+        )
+    samplers = [_sampler(phase, size, index, len(plan)) for index, phase in enumerate(plan)]
     delta = check_target_delta(_default_delta(size) if target_delta is None else target_delta, size)
 
     folder = None if output_dir is None else ensure_output_folder(output_dir)
@@ -176,49 +198,54 @@ def fit(
             prior = [*earlier, *sorted(folder.glob(_ABANDONED))]
         runs = resolve_prior(prior)
         sigma = (
-            solve_noise_multiplier(sampler, target_epsilon, delta, runs)
+            solve_noise_multiplier(samplers, target_epsilon, delta, runs)
             if noise_multiplier is None and target_epsilon is not None
             else noise_multiplier
         )
         assert sigma is not None
-        tracker = EpsilonTracker(sampler, sigma, delta, runs)
+        # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
+        epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
 
         with _model_as_found(model):
-            engine = build_engine(
-                model,
-                loss_fn,
-                dataset,
-                PoissonSampler(records, sampler.sample_rate, sampler.steps),
-                sigma,
-                sampler.expected_batch_size,
-                physical_batch_size=physical_batch_size,
-                trainable=trainable,
-                exclude=exclude,
-                add_bias=add_bias,
-                clipping=clipping,
-                backend=backend,
-                public_tensors=public_tensors,
-                collate_fn=collate_fn,
-                padded_lengths=padded_lengths,
-                pad_values=pad_values,
-                example_batch=example_batch,
-            )
-            check_rows(engine.batches)
-            trainables = engine.update.parameters()
-            built = build_optimizer(optimizer, list(trainables.values()), learning_rate)
-            settings = optimizer_settings(built)
-            set_rates, schedule = build_schedule(lr_schedule, built, sampler.steps)
+            stages: list[Stage] = []
+            for index, (phase, sampler) in enumerate(zip(plan, samplers, strict=True)):
+                assert phase.trainable is not None and phase.exclude is not None and phase.clipping is not None
+                with naming_phase(index, len(plan)):
+                    engine = build_engine(
+                        model,
+                        loss_fn,
+                        dataset,
+                        PoissonSampler(records, sampler.sample_rate, sampler.steps),
+                        sigma,
+                        sampler.expected_batch_size,
+                        physical_batch_size=physical_batch_size,
+                        trainable=phase.trainable,
+                        exclude=phase.exclude,
+                        add_bias=add_bias,
+                        clipping=phase.clipping,
+                        backend=backend,
+                        public_tensors=public_tensors,
+                        collate_fn=collate_fn,
+                        padded_lengths=padded_lengths,
+                        pad_values=pad_values,
+                        example_batch=example_batch,
+                    )
+                    if not stages:
+                        check_rows(engine.batches)
+                    stages.append(_stage(phase, engine, sampler))
             seed = insecure_seed_for_tests
             key = SecretKey() if seed is None else SecretKey.insecure_for_tests(seed)
+            first, last = stages[0].engine, stages[-1].record
+            trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
             statement_fields = {
                 "run_id": new_run_id(),
                 "delta": delta,
-                "max_grad_norm": float(engine.update.max_grad_norm),
-                "clipping": "automatic" if isinstance(clipping, AutomaticClipping) else "flat",
-                "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
-                "graph_hash": graph_hash_of(engine.compiled),
-                "num_trainable": engine.update.num_trainable,
-                "num_parameters": sum(p.numel() for p in {*model.parameters(), *trainables.values()}),
+                "max_grad_norm": last["max_grad_norm"],
+                "clipping": last["clipping"],
+                "gamma": last["gamma"],
+                "graph_hash": joined_hash([stage.record["graph_hash"] for stage in stages]),
+                "num_trainable": sum(parameter.numel() for parameter in trained.values()),
+                "num_parameters": sum(p.numel() for p in {*model.parameters(), *trained.values()}),
                 "dataset_size_assumed_public": dataset_size is None,
                 "tuning_covered": tuning_covered,
                 "insecure": key.insecure,
@@ -228,7 +255,7 @@ def fit(
                     "target_epsilon": target_epsilon,
                     "target_delta": "by default, at most 1/(10 N)" if target_delta is None else "declared",
                     "padded_lengths": [
-                        f"{leaf.path}: {list(leaf.lengths)}" for leaf in engine.batches.layout.leaves if leaf.lengths
+                        f"{leaf.path}: {list(leaf.lengths)}" for leaf in first.batches.layout.leaves if leaf.lengths
                     ],
                     "example_batch": (
                         "made up from the dtypes and shapes of the first record"
@@ -238,36 +265,23 @@ def fit(
                 },
             }
             run = TrainingRun(
-                engine,
-                built,
-                set_rates,
-                tracker,
+                stages,
                 key=key,
-                # With a target, steps that were lost are steps that are no longer there to take.
-                limit=lambda lost: sampler.steps - (lost if target_epsilon is not None else 0),
                 mechanism={
-                    "sample_rate": sampler.sample_rate,
-                    "dataset_size": sampler.dataset_size,
+                    "dataset_size": samplers[0].dataset_size,
                     "noise_multiplier": sigma,
                     "prior": [run.to_dict() for run in runs],
-                    "sampler": sampler.to_dict(),
+                    # With a target, steps that were lost are steps that are no longer there to take.
+                    "shortened": target_epsilon is not None,
                     "statement": statement_fields,
                 },
                 fingerprint={
-                    "graphs": [step.graph_hash for step in engine.compiled],
-                    "frozen": "" if store is None else frozen_digest(model, set(engine.update.trainable_names)),
-                    "clipping": repr(clipping),
-                    "trainables": {name: list(shape) for name, shape in engine.update.trainable_shapes.items()},
-                    "optimizer": f"{type(built).__module__}.{type(built).__qualname__}",
-                    "optimizer_settings": settings,
-                    "schedule": schedule,
+                    "frozen": "" if store is None else frozen_digest(model, set(trained)),
                     "backend": backend,
-                    "dtype": str(engine.update.dtype),
-                    "device": torch.device(engine.update.device).type,
                     "torch": torch.__version__,
                     "threads": torch.get_num_threads(),
-                    "layout": [repr(leaf) for leaf in engine.batches.layout.leaves],
-                    "physical_batch_size": list(engine.batches.sizes),
+                    "layout": [repr(leaf) for leaf in first.batches.layout.leaves],
+                    "physical_batch_size": list(first.batches.sizes),
                     "insecure": insecure_seed_for_tests is not None,
                 },
                 store=store,
@@ -277,19 +291,66 @@ def fit(
                 run.restore(*store.load())
             else:
                 run.save()
-            engine.update.apply_added_biases()
-            _train(run, sampler, eval_fn, callbacks, progress)
+            first.update.apply_added_biases()
+            _train(run, model, eval_fn, callbacks, progress)
 
-        statement = make_statement(run.mechanism, run.step, run.charged)
+        statement = run.statement()
         if folder is not None and store is not None:
             run.save()
-            _write_results(folder, run, statement)
+            _write_results(folder, run, model, statement)
             store.erase()
         run.key.erase()
-        return FitResult(model, statement.epsilon, delta, sigma, run.step, run.history, folder, statement, run.charged)
+        lost = sum(run.ledger.charged)
+        return FitResult(model, statement.epsilon, delta, sigma, run.step, run.history, folder, statement, lost)
     finally:
         if store is not None:
             store.close()
+
+
+def _sampler(phase: Phase, size: int, index: int, count: int) -> PoissonSampler:
+    assert phase.expected_batch_size is not None
+    with naming_phase(index, count):
+        return PoissonSampler.from_expected_batch_size(
+            size, phase.expected_batch_size, epochs=phase.epochs, steps=phase.max_steps
+        )
+
+
+def _stage(phase: Phase, engine: Engine, sampler: PoissonSampler) -> Stage:
+    """The phase with its optimizer and schedule tried out, so that what is wrong with them shows before step 0."""
+    parameters, clipping, asked = list(engine.update.parameters().values()), phase.clipping, phase.trainable
+    rate = phase.learning_rate
+    assert clipping is not None and asked is not None and rate is not None
+
+    def begin() -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+        optimizer = build_optimizer(phase.optimizer, parameters, rate)
+        return optimizer, build_schedule(phase.lr_schedule, optimizer, sampler.steps)[0]
+
+    tried = build_optimizer(phase.optimizer, parameters, rate)
+    settings = optimizer_settings(tried)
+    _, schedule = build_schedule(phase.lr_schedule, tried, sampler.steps)
+    return Stage(
+        engine,
+        sampler,
+        begin,
+        record={
+            "trainable": asked if isinstance(asked, str) else list(asked),
+            "num_trainable": engine.update.num_trainable,
+            "max_grad_norm": float(engine.update.max_grad_norm),
+            "clipping": "automatic" if isinstance(clipping, AutomaticClipping) else "flat",
+            "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
+            "graph_hash": graph_hash_of(engine.compiled),
+        },
+        fingerprint={
+            "graphs": [step.graph_hash for step in engine.compiled],
+            "clipping": repr(clipping),
+            "trainables": [[name, list(shape)] for name, shape in engine.update.trainable_shapes.items()],
+            "optimizer": f"{type(tried).__module__}.{type(tried).__qualname__}",
+            "optimizer_settings": settings,
+            "schedule": schedule,
+            "dtype": str(engine.update.dtype),
+            "device": torch.device(engine.update.device).type,
+        },
+    )
 
 
 def _default_delta(size: int) -> float:
@@ -357,32 +418,27 @@ def _check_folder(folder: Path, store: CheckpointStore, *, resume: bool, overwri
 
 def _train(
     run: TrainingRun,
-    sampler: PoissonSampler,
+    model: nn.Module,
     eval_fn: Callable[[nn.Module], Any] | None,
     callbacks: Sequence[Callable[[StepInfo], None]],
     progress: bool,
 ) -> None:
-    per_epoch = max(1, round(1 / sampler.sample_rate))
-    model = run.engine.update.model
-
-    def spent(step: int) -> float:
-        return run.tracker.at(step, run.charged)
-
-    bar = Progress(progress, run.step, run.limit(run.charged), spent)
+    bar = Progress(progress, run.step, run.ledger.total)
     try:
         while not run.finished:
             before = run.step
             run.advance()
             if run.step == before:  # charged: the same step again, under a new key
                 continue
-            done = run.step
-            if eval_fn is not None and (done % per_epoch == 0 or run.finished):
-                entry = {"step": done, "epoch": done * sampler.sample_rate, "epsilon": spent(done)}
-                run.history.append(entry | _evaluate(model, eval_fn))
+            done, spent = run.step, run.spent()
+            if eval_fn is not None and (run.steps_in_phase % run.stage.per_epoch == 0 or run.phase_finished):
+                entry = {"step": done, "epoch": run.epochs, "epsilon": spent()}
+                where = {"phase": run.phase} if len(run.stages) > 1 else {}
+                run.history.append(entry | where | _evaluate(model, eval_fn))
             rate = float(run.optimizer.param_groups[0]["lr"])
             for callback in callbacks:
-                callback(StepInfo(done, run.limit(run.charged), rate, partial(spent, done)))
-            bar.update(done)
+                callback(StepInfo(done, run.ledger.total, rate, spent, run.phase))
+            bar.update(done, spent)
             if done % run.checkpoint_every == 0 and not run.finished:
                 run.save()
     except KeyboardInterrupt:
@@ -405,7 +461,7 @@ def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str
     return {"eval": float(value)}
 
 
-def _write_results(folder: Path, run: TrainingRun, statement: PrivacyStatement) -> None:
+def _write_results(folder: Path, run: TrainingRun, model: nn.Module, statement: PrivacyStatement) -> None:
     """All three files; the checkpoint is still there, so that a full disk here loses nothing."""
     old = folder / STATEMENT
     if old.exists():
@@ -413,7 +469,8 @@ def _write_results(folder: Path, run: TrainingRun, statement: PrivacyStatement) 
         atomic_write_bytes(folder / f"privacy-earlier-{hashlib.sha256(kept).hexdigest()[:12]}.json", kept)
     statement.save(old)
     atomic_write_text(folder / SUMMARY, statement.summary())
-    model, added = run.engine.update.model, run.engine.update.added_biases
+    # Of an earlier run too, so each phase may know of others.
+    added = list({bias.name: bias for stage in run.stages for bias in stage.engine.update.added_biases}.values())
     metadata = {
         MODEL_FINGERPRINT: model_fingerprint(model, [bias.name for bias in added]),
         FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, run.trainables),

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -23,6 +23,7 @@ from dpbitfit_fx import accounting
 from dpbitfit_fx.accounting import Prior, PriorRun, format_epsilon
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.files import atomic_write_text, read_text
+from dpbitfit_fx.phases import PhaseRecord, joined_hash
 from dpbitfit_fx.randomness import INSECURE_CAVEAT, numeric_caveats
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -30,6 +31,7 @@ SCHEMA: Final = "dpbitfit_fx.privacy"
 SCHEMA_VERSION: Final = 1
 FILE_NAME: Final = "privacy.json"
 PRIVACY_UNIT: Final = "one record"
+_PHASE: Final = "/phase-"
 _CLIPPINGS: Final = ("automatic", "flat")
 _PACKAGES: Final = (
     "dpbitfit_fx",
@@ -78,6 +80,10 @@ class PrivacyStatement:
         public_declarations: what else was declared public and where it came from (label set, padded lengths, ...).
         graph_hash: SHA-256 of the sealed graph. num_trainable, num_parameters: counts of scalars.
         insecure: the noise came from a known seed: no guarantee at all.
+        phases: empty, or the phases of the run, at least two, in order; in privacy.json only where there are any. Then
+        epsilon composes them; steps, lost_steps and num_trainable are totals; sampler, sample_rate and
+        expected_batch_size are the largest of any phase, so that whoever leaves the phases out counts too much rather
+        than too little; max_grad_norm, clipping and gamma are the last phase's; graph_hash is that of all their hashes.
 
     Raises:
         PrivacyError: a value is missing, of the wrong type, not finite, or contradicts another.
@@ -111,6 +117,7 @@ class PrivacyStatement:
     accountant_version: str = dataclasses.field(default_factory=accounting.accountant_version)
     privacy_unit: str = PRIVACY_UNIT
     neighboring_relation: str = accounting.NEIGHBORING_RELATION
+    phases: tuple[PhaseRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.numeric_caveats:
@@ -139,6 +146,7 @@ class PrivacyStatement:
         insecure: bool = False,
         backend: str = "pytorch",
         run_id: str | None = None,
+        phases: Sequence[PhaseRecord] = (),
     ) -> PrivacyStatement:
         """The statement of a run, its epsilon computed from the sampler, the noise and the steps (default: all
         planned).
@@ -147,13 +155,15 @@ class PrivacyStatement:
             clipping: "automatic" or "flat". backend: "pytorch" or "onnxruntime", say.
             prior: earlier runs on the same records (paths of privacy.json, statements, runs).
             run_id: keep it across a resume; default a new one.
+            phases: of a run with several; ``sampler`` then has the largest sample_rate and all steps.
 
         Raises:
             PrivacyError: an argument is unusable, or no finite epsilon exists.
         """
         runs = accounting.resolve_prior(prior)
         taken = sampler.steps if steps is None else steps
-        value = accounting.epsilon(sampler, noise_multiplier, delta, taken, runs, lost_steps)
+        parts = _mechanisms(sampler, taken + lost_steps, phases)
+        value = accounting.epsilon_of_phases(parts, noise_multiplier, delta, runs)
         return cls(
             epsilon=value,
             delta=float(delta),
@@ -177,6 +187,7 @@ class PrivacyStatement:
             insecure=insecure,
             backend=backend,
             run_id=run_id or new_run_id(),
+            phases=tuple(phases),
         )
 
     @property
@@ -196,13 +207,25 @@ class PrivacyStatement:
 
     def as_prior_runs(self) -> tuple[PriorRun, ...]:
         """This run and those before it, for a later run's ``prior``."""
-        own = PriorRun(self.run_id, self.sample_rate, self.noise_multiplier, self.charged_steps, self.insecure)
-        return (*self.prior, own)
+        if not self.phases:
+            own = PriorRun(self.run_id, self.sample_rate, self.noise_multiplier, self.charged_steps, self.insecure)
+            return (*self.prior, own)
+        parts = [
+            PriorRun(
+                phase_run_id(self.run_id, index),
+                phase.sample_rate,
+                phase.noise_multiplier,
+                phase.steps + phase.lost_steps,
+                self.insecure,
+            )
+            for index, phase in enumerate(self.phases)
+        ]
+        return (*self.prior, *parts)
 
     def recompute_epsilon(self) -> float:
         """Epsilon by the accountant installed here, from the mechanisms alone."""
-        sampler = PoissonSampler.from_dict(self.sampler)
-        return accounting.epsilon(sampler, self.noise_multiplier, self.delta, self.steps, self.prior, self.lost_steps)
+        parts = _mechanisms(PoissonSampler.from_dict(self.sampler), self.charged_steps, self.phases)
+        return accounting.epsilon_of_phases(parts, self.noise_multiplier, self.delta, self.prior)
 
     def verify(self) -> None:
         """Recompute epsilon and compare.
@@ -225,7 +248,8 @@ class PrivacyStatement:
         fields["prior"] = [run.to_dict() for run in self.prior]
         fields["numeric_caveats"] = list(self.numeric_caveats)
         fields["trainable_share"] = self.trainable_share
-        ordered = {name: fields.pop(name) for name in _ORDER}
+        phases = [phase.to_dict() for phase in fields.pop("phases")]
+        ordered = {name: fields.pop(name) for name in _ORDER} | ({"phases": phases} if phases else {})
         assert not fields
         return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **ordered}
 
@@ -250,7 +274,7 @@ class PrivacyStatement:
             )
         given = {name: value for name, value in content.items() if name not in ("schema", "schema_version")}
         missing = [name for name in _ORDER if name not in given]
-        unknown = sorted(given.keys() - set(_ORDER))
+        unknown = sorted(given.keys() - {*_ORDER, "phases"})
         if missing or unknown:
             parts = [f"lacks {', '.join(missing)}"] if missing else []
             if unknown:
@@ -259,12 +283,15 @@ class PrivacyStatement:
         share = given.pop("trainable_share")
         if not isinstance(given["prior"], list):
             raise PrivacyError(f"{where}: prior must be a list of runs.")
+        phases = given.pop("phases", None)
+        if phases is not None and not (isinstance(phases, list) and len(phases) > 1):
+            raise PrivacyError(f"{where}: phases must be a list of at least two phases, or be left out.")
         if not isinstance(given["numeric_caveats"], list) or not given["numeric_caveats"]:
             raise PrivacyError(f"{where}: numeric_caveats must be a list of sentences, not empty.")
         try:
             given["prior"] = tuple(PriorRun.from_dict(run) for run in given["prior"])
             given["numeric_caveats"] = tuple(given["numeric_caveats"])
-            statement = cls(**given)
+            statement = cls(**given, phases=tuple(PhaseRecord.from_dict(phase) for phase in phases or ()))
         except PrivacyError as error:
             raise PrivacyError(f"{where} cannot be used: {error}") from error
         if not _number(share) or not math.isclose(share, statement.trainable_share, rel_tol=1e-6):
@@ -343,13 +370,15 @@ class PrivacyStatement:
         prior = "none"
         if self.prior:
             charged = sum(run.steps for run in self.prior)
-            prior = f"{len(self.prior)} ({charged} steps in all), included in epsilon"
+            runs = {run.run_id.split(_PHASE)[0] for run in self.prior}
+            prior = f"{len(runs)} ({charged} steps in all), included in epsilon"
         rows = {
             "Sampling": f"Poisson, sample_rate {self.sample_rate:.6g}, expected batch size "
-            f"{self.expected_batch_size:g}",
+            f"{self.expected_batch_size:g}" + (" (the largest of the phases)" if self.phases else ""),
             "Steps": taken,
             "Noise multiplier": f"{self.noise_multiplier:.6g}",
-            "Clipping": f"{self.clipping}, max_grad_norm {self.max_grad_norm:g}{gamma}",
+            "Clipping": f"{self.clipping}, max_grad_norm {self.max_grad_norm:g}{gamma}"
+            + (" (the last phase's)" if self.phases else ""),
             "Accountant": f"{self.accountant} {self.accountant_version}",
             "Records (N)": f"{self.dataset_size}, {assumed}",
             "Hyper-parameter tuning": tuning,
@@ -360,6 +389,9 @@ class PrivacyStatement:
             "Run": self.run_id,
         }
         lines += [f"- {name}: {value}" for name, value in rows.items()]
+        if self.phases:
+            lines += ["", "Phases, one noise multiplier and one epsilon for all:", ""]
+            lines += [f"{number}. {_phase_line(phase)}" for number, phase in enumerate(self.phases, 1)]
         if self.public_declarations:
             lines += ["", "Declared public:", ""]
             lines += [f"- {name}: {_brief(value)}" for name, value in self.public_declarations.items()]
@@ -400,6 +432,31 @@ _ORDER: Final = (
     "numeric_caveats",
     "library_versions",
 )
+
+
+def phase_run_id(run_id: str, index: int) -> str:
+    """Names one phase of a run among earlier runs."""
+    return f"{run_id}{_PHASE}{index + 1}"
+
+
+def _mechanisms(
+    sampler: PoissonSampler, charged: int, phases: Sequence[PhaseRecord]
+) -> list[tuple[PoissonSampler, int]]:
+    if not phases:
+        return [(sampler, charged)]
+    size = sampler.dataset_size
+    return [(PoissonSampler(size, p.sample_rate, p.planned_steps), p.steps + p.lost_steps) for p in phases]
+
+
+def _phase_line(phase: PhaseRecord) -> str:
+    gamma = "" if phase.gamma is None else f", gamma {phase.gamma:g}"
+    lost = f", {phase.lost_steps} more charged" if phase.lost_steps else ""
+    return (
+        f"trainable {_brief(phase.trainable)} ({phase.num_trainable} parameters): {phase.steps} steps of "
+        f"{phase.planned_steps} planned{lost}, sample_rate {phase.sample_rate:.6g}, noise multiplier "
+        f"{phase.noise_multiplier:.6g}, {phase.clipping} clipping, max_grad_norm {phase.max_grad_norm:g}{gamma}, graph "
+        f"{phase.graph_hash}"
+    )
 
 
 def _brief(value: object) -> str:
@@ -481,12 +538,43 @@ def _validate(statement: PrivacyStatement) -> None:
     )
     if not isinstance(s.prior, tuple) or not all(isinstance(run, PriorRun) for run in s.prior):
         raise PrivacyError("In a privacy statement prior must hold the earlier runs.")
-    if any(run.run_id == s.run_id for run in s.prior):
+    if any(run.run_id.split(_PHASE)[0] == s.run_id for run in s.prior):
         raise PrivacyError(
             "A privacy statement lists its own run among the earlier ones. A resumed run is not its own prior: leave "
             "it out."
         )
     accounting.resolve_prior(s.prior)
+    _validate_phases(s)
     require("numeric_caveats", all(isinstance(c, str) and c for c in s.numeric_caveats), "sentences")
     if s.insecure and INSECURE_CAVEAT not in s.numeric_caveats:
         raise PrivacyError("The privacy statement of an insecure run must say so in numeric_caveats.")
+
+
+def _validate_phases(s: PrivacyStatement) -> None:
+    """Each phase by itself, then against the totals and bounds that the statement gives for all of them."""
+    if not s.phases:
+        return
+    for number, p in enumerate(s.phases, 1):
+        numbers = (p.sample_rate, p.expected_batch_size, p.max_grad_norm)
+        whole = (p.steps, p.lost_steps, p.planned_steps, p.num_trainable)
+        sound = all(_number(x) and x > 0 for x in numbers) and all(_whole(x) and x >= 0 for x in whole)
+        sound = sound and isinstance(p.clipping, str) and p.clipping in _CLIPPINGS
+        sound = sound and (_number(p.gamma) and (p.gamma or 0) > 0 if p.clipping == "automatic" else p.gamma is None)
+        sound = sound and isinstance(p.graph_hash, str) and re.fullmatch("[0-9a-f]{64}", p.graph_hash) is not None
+        if not sound or not 1 <= p.num_trainable <= s.num_trainable:
+            raise PrivacyError(f"Phase {number} of the privacy statement holds a value that is not usable.")
+        if p.expected_batch_size != PoissonSampler(s.dataset_size, p.sample_rate, p.planned_steps).expected_batch_size:
+            raise PrivacyError(f"Phase {number} of the privacy statement contradicts its sample_rate.")
+    last = s.phases[-1]
+    agree = {
+        "steps": sum(p.steps for p in s.phases) == s.steps,
+        "lost_steps": sum(p.lost_steps for p in s.phases) == s.lost_steps,
+        "planned_steps": sum(p.planned_steps for p in s.phases) == s.sampler["steps"],
+        "sample_rate": max(p.sample_rate for p in s.phases) == s.sample_rate,
+        "noise_multiplier": all(p.noise_multiplier == s.noise_multiplier for p in s.phases),
+        "clipping": (last.max_grad_norm, last.clipping, last.gamma) == (s.max_grad_norm, s.clipping, s.gamma),
+        "graph_hash": joined_hash([p.graph_hash for p in s.phases]) == s.graph_hash,
+    }
+    for name, holds in agree.items():
+        if not holds:
+            raise PrivacyError(f"The phases of the privacy statement contradict it in {name}.")

@@ -13,12 +13,16 @@ __all__ = ["Progress", "StepInfo"]
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback may know after a step: public numbers only. `step`: steps done; `steps`: planned."""
+    """What a callback may know after a step: public numbers only.
+
+    `step`: steps done; `steps`: planned, in all phases; `phase`: the one that took the step, 0 for the first.
+    """
 
     step: int
     steps: int
     learning_rate: float
     _epsilon: Callable[[], float] = field(repr=False)
+    phase: int = 0
 
     @cached_property
     def epsilon(self) -> float:
@@ -29,13 +33,13 @@ class StepInfo:
 class Progress:
     """A bar on standard error once the run has lasted two seconds: ε spent, speed, time left. Public numbers only."""
 
-    def __init__(self, enabled: bool, done: int, total: int, spent: Callable[[int], float]) -> None:
-        self._enabled, self._first, self._total, self._spent = enabled, done, total, spent
+    def __init__(self, enabled: bool, done: int, total: int) -> None:
+        self._enabled, self._first, self._total = enabled, done, total
         self._start = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, spent: Callable[[], float]) -> None:
         if not self._enabled or (self._bar is None and time.monotonic() - self._start < 2.0):
             return
         if self._bar is None:
@@ -54,7 +58,7 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total, completed=self._first, epsilon=0.0, speed=0.0)
         speed = (done - self._first) / max(1e-9, time.monotonic() - self._start)
-        self._bar.update(self._task, completed=done, epsilon=self._spent(done), speed=speed)
+        self._bar.update(self._task, completed=done, epsilon=spent(), speed=speed)
 
     def close(self) -> None:
         if self._bar is not None:

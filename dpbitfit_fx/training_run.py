@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,79 +15,153 @@ from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, encode, key_id, sum_digest
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
-from dpbitfit_fx.privacy_statement import PrivacyStatement
+from dpbitfit_fx.phases import PhaseRecord, StepLedger
+from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
 
-__all__ = ["TrainingRun", "abandon", "frozen_digest", "make_statement"]
+__all__ = ["Stage", "TrainingRun", "abandon", "frozen_digest", "make_statement"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase, ready to train: its engine, its public plan, and a new optimizer with the schedule's rates.
+
+    record: what privacy.json says of it. fingerprint: what a bit-for-bit replay of it depends on.
+    """
+
+    engine: Engine
+    sampler: PoissonSampler
+    begin: Callable[[], tuple[torch.optim.Optimizer, Callable[[int], None]]]
+    record: dict[str, Any]
+    fingerprint: dict[str, Any]
+
+    @property
+    def per_epoch(self) -> int:
+        return max(1, round(1 / self.sampler.sample_rate))
 
 
 class TrainingRun:
-    """The state of one training run between its logical steps."""
+    """The state of one training run, of one phase or several, between its logical steps."""
 
     def __init__(
         self,
-        engine: Engine,
-        optimizer: torch.optim.Optimizer,
-        set_rates: Callable[[int], None],
-        tracker: EpsilonTracker,
+        stages: Sequence[Stage],
         *,
         key: SecretKey,
-        limit: Callable[[int], int],
         mechanism: dict[str, Any],
         fingerprint: dict[str, Any],
         store: CheckpointStore | None,
         checkpoint_every: int,
     ) -> None:
-        self.engine, self.optimizer, self.set_rates, self.tracker = engine, optimizer, set_rates, tracker
-        self.key, self.limit, self.mechanism, self.fingerprint = key, limit, mechanism, fingerprint
-        self.store, self.checkpoint_every = store, checkpoint_every
+        self.stages = tuple(stages)
+        self.key, self.store, self.checkpoint_every = key, store, checkpoint_every
+        phases = [{"sampler": stage.sampler.to_dict(), "record": stage.record} for stage in stages]
+        self.mechanism = mechanism | {"phases": phases}
+        self.fingerprint = fingerprint | {"phases": [stage.fingerprint for stage in stages]}
+        self.ledger = _ledger(self.mechanism)
         self.step = 0
-        self.charged = 0
         self.history: list[dict[str, Any]] = []
         # Steps that may have been released by the process that was killed, with the digest of their clipped sums.
         self.pending: dict[int, str] = {}
-        self.trainables = engine.update.parameters()
+        # Of every phase, all the time: a parameter that one phase trained is part of the state of those that follow.
+        self.trainables: dict[str, nn.Parameter] = {}
+        for stage in stages:
+            self.trainables |= stage.engine.update.parameters()
+        self.phase = 0
+        self._enter(0)
+
+    @property
+    def stage(self) -> Stage:
+        """Of the step taken last."""
+        return self.stages[self.phase]
+
+    def _enter(self, phase: int) -> None:
+        self.phase = phase
+        for parameter in self.trainables.values():
+            parameter.grad = None
+        # An optimizer may have written through .data, which what is cached of frozen weights would not notice.
+        torch.autograd.graph.increment_version(list(self.trainables.values()))
+        self.optimizer, self.set_rates = self.stage.begin()
+        sigma, delta = self.mechanism["noise_multiplier"], self.mechanism["statement"]["delta"]
+        runs = [PriorRun.from_dict(run) for run in self.mechanism["prior"]]
+        for before, stage in enumerate(self.stages[:phase]):
+            charged = self.ledger.limit(before) + self.ledger.charged[before]
+            name = phase_run_id(self.mechanism["statement"]["run_id"], before)
+            runs.append(PriorRun(name, stage.sampler.sample_rate, sigma, charged, False))
+        self._tracker = EpsilonTracker(self.stage.sampler, sigma, delta, runs)
+
+    def _settle(self) -> None:
+        """Enters the phase that takes the next step."""
+        phase = self.ledger.phase_of(self.step)
+        if phase != self.phase:
+            self._enter(phase)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """One logical step: draw, clip, journal, noise, optimizer. Control flow depends on public values only, except
         that a replayed step whose clipped sum changed (so: data or machine changed) is charged."""
-        accumulator = self.engine.drawn_sum(self.key, self.step)
+        self._settle()
+        engine = self.stage.engine
+        accumulator = engine.drawn_sum(self.key, self.step)
         if self.step in self.pending and self.pending[self.step] != sum_digest(self.key, self.step, accumulator):
             self.charge(max(self.pending) + 1 - self.step)
             return
         if self.store is not None:
             self.store.record(JournalEntry(self.step, key_id(self.key), sum_digest(self.key, self.step, accumulator)))
-        gradient = self.engine.private_gradient(self.key, self.step, accumulator)
-        for name, parameter in self.trainables.items():
-            parameter.grad = gradient[name].to(parameter.dtype)
-        self.set_rates(self.step)
+        gradient = engine.private_gradient(self.key, self.step, accumulator)
+        for name, value in gradient.items():
+            parameter = self.trainables[name]
+            parameter.grad = value.to(parameter.dtype)
+        self.set_rates(self.steps_in_phase)
         self.optimizer.step()
         self.pending.pop(self.step, None)
         self.step += 1
 
     def charge(self, lost: int) -> None:
         """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
-        self.charged += lost
+        self.ledger.charge(self.step, lost)
         self.pending = {}
         old, self.key = self.key, self.key.renewed()
         self.save()
         old.erase()
 
     @property
+    def steps_in_phase(self) -> int:
+        return self.step - self.ledger.start(self.phase)
+
+    @property
+    def phase_finished(self) -> bool:
+        return self.steps_in_phase >= self.ledger.limit(self.phase)
+
+    @property
     def finished(self) -> bool:
-        return self.step >= self.limit(self.charged)
+        return self.step >= self.ledger.total
+
+    @property
+    def epochs(self) -> float:
+        """How often a record was drawn so far, in expectation."""
+        taken = self.ledger.taken(self.step)
+        return sum(steps * stage.sampler.sample_rate for steps, stage in zip(taken, self.stages, strict=True))
+
+    def spent(self) -> Callable[[], float]:
+        """ε after the steps taken so far, lost ones included, an upper bound; computed when called."""
+        tracker, step, lost = self._tracker, self.steps_in_phase, self.ledger.charged[self.phase]
+        return lambda: tracker.at(step, lost)
+
+    def statement(self) -> PrivacyStatement:
+        return make_statement(self.mechanism, self.ledger, self.step)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         if self.store is None:
             return
+        self._settle()
         state = SavedState(
             step=self.step,
-            charged_steps=self.charged,
+            charged_steps=list(self.ledger.charged),
             mechanism=self.mechanism,
             fingerprint=self.fingerprint,
             trainables={name: parameter.detach() for name, parameter in self.trainables.items()},
@@ -104,10 +179,10 @@ class TrainingRun:
         """
         if _comparable(state.mechanism) != _comparable(self.mechanism):
             raise CheckpointError(
-                "The output folder holds an unfinished run under another privacy plan (noise, sample rate, number of "
-                "records or earlier runs), which this call cannot continue. Nothing was changed. Repeat that run's "
-                "arguments to continue it, or pass resume=False, overwrite=True to give it up: what it has spent is "
-                "then kept in the folder and counted in this run."
+                "The output folder holds an unfinished run under another privacy plan (noise, sample rate, phases, "
+                "number of records or earlier runs), which this call cannot continue. Nothing was changed. Repeat that "
+                "run's arguments to continue it, or pass resume=False, overwrite=True to give it up: what it has spent "
+                "is then kept in the folder and counted in this run."
             )
         shapes = {name: tuple(parameter.shape) for name, parameter in self.trainables.items()}
         if {name: tuple(value.shape) for name, value in state.trainables.items()} != shapes:
@@ -124,16 +199,18 @@ class TrainingRun:
         with torch.no_grad():
             for name, parameter in self.trainables.items():
                 parameter.copy_(state.trainables[name])
-        exact = same or all(
-            state.fingerprint.get(name) == self.fingerprint[name] for name in ("optimizer", "optimizer_settings")
-        )
-        if state.step:
+        self.key.erase()
+        self.key, self.step = key, state.step
+        self.ledger.charged = list(state.charged_steps)
+        # Only now: an optimizer or a schedule may read the parameters it is built for.
+        self._enter(self.ledger.phase_of(self.step))
+        ours, theirs = self.stage.fingerprint, state.fingerprint["phases"][self.phase]
+        exact = same or all(theirs[name] == ours[name] for name in ("optimizer", "optimizer_settings", "trainables"))
+        if self.steps_in_phase:
             # First the schedule, which may compute rates from rates; then the optimizer's saved ones over it.
-            self.set_rates(state.step - 1)
+            self.set_rates(self.steps_in_phase - 1)
         if exact:
             self._restore_optimizer(state)
-        self.key.erase()
-        self.key, self.step, self.charged = key, state.step, state.charged_steps
         self.history = list(state.history)
         self.pending = {entry.step: entry.digest for entry in pending}
         if self.store is not None:
@@ -159,9 +236,20 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and _tensor_bytes(one) == _tensor_bytes(other)
 
 
-def _comparable(mechanism: dict[str, Any]) -> dict[str, Any]:
-    """What ε of each step depends on; the number of steps does not matter to the steps already taken."""
-    return {name: mechanism[name] for name in ("sample_rate", "dataset_size", "noise_multiplier", "prior")}
+def _comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
+    """What ε of each step depends on; the number of steps does not matter to the steps already taken, but it does to
+    which phase a step belongs to."""
+    plans = [phase["sampler"] for phase in mechanism["phases"]]
+    return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier", "prior")} | {
+        "rates": [plan["sample_rate"] for plan in plans],
+        "steps": [plan["steps"] for plan in plans[:-1]],
+        "shortened": len(plans) > 1 and mechanism["shortened"],
+    }
+
+
+def _ledger(mechanism: Mapping[str, Any], charged: Sequence[int] | None = None) -> StepLedger:
+    planned = [phase["sampler"]["steps"] for phase in mechanism["phases"]]
+    return StepLedger(planned, charged, shortened=mechanism["shortened"])
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -181,17 +269,38 @@ def _statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
     """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
     state, key, pending = store.load()
     key.erase()
-    lost = max((entry.step + 1 - state.step for entry in pending), default=0)
-    return make_statement(state.mechanism, state.step, state.charged_steps + lost)
+    ledger = _ledger(state.mechanism, state.charged_steps)
+    taken = ledger.taken(state.step)
+    ledger.charge(state.step, max((entry.step + 1 - state.step for entry in pending), default=0))
+    return make_statement(state.mechanism, ledger, state.step, taken)
 
 
-def make_statement(mechanism: Mapping[str, Any], steps: int, lost_steps: int) -> PrivacyStatement:
+def make_statement(
+    mechanism: Mapping[str, Any], ledger: StepLedger, step: int, taken: Sequence[int] | None = None
+) -> PrivacyStatement:
+    """What privacy.json says of a run in which `step` steps were taken and those in the ledger lost."""
+    taken = ledger.taken(step) if taken is None else taken
+    samplers = [PoissonSampler.from_dict(phase["sampler"]) for phase in mechanism["phases"]]
+    sigma, size = mechanism["noise_multiplier"], mechanism["dataset_size"]
+    records = [
+        PhaseRecord(
+            planned_steps=sampler.steps,
+            steps=steps,
+            lost_steps=lost,
+            sample_rate=sampler.sample_rate,
+            expected_batch_size=sampler.expected_batch_size,
+            noise_multiplier=sigma,
+            **phase["record"],
+        )
+        for phase, sampler, steps, lost in zip(mechanism["phases"], samplers, taken, ledger.charged, strict=True)
+    ]
     return PrivacyStatement.create(
-        PoissonSampler.from_dict(mechanism["sampler"]),
-        noise_multiplier=mechanism["noise_multiplier"],
+        PoissonSampler(size, max(s.sample_rate for s in samplers), sum(s.steps for s in samplers)),
+        noise_multiplier=sigma,
         prior=[PriorRun.from_dict(run) for run in mechanism["prior"]],
-        steps=steps,
-        lost_steps=lost_steps,
+        steps=sum(taken),
+        lost_steps=sum(ledger.charged),
+        phases=records if len(records) > 1 else (),
         **mechanism["statement"],
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpbitfit_fx.fit import FitResult, fit
+from dpbitfit_fx.phases import Phase
 
 RECORDS = 120
 STEPS = 12
@@ -96,6 +97,22 @@ def run(folder: Path | str | None, **changes: Any) -> FitResult:
     return fit(model, loss_fn, dataset, **arguments)
 
 
+def momentum(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.2, momentum=0.9)
+
+
+# Steps 0 to 4 train the last layer with Adam, steps 5 to 11 the biases of both, on smaller draws.
+PHASES = (
+    Phase(trainable=["2.*"], max_steps=5, learning_rate=0.05),
+    Phase(trainable="bias", max_steps=7, expected_batch_size=12, optimizer=momentum),
+)
+
+
+def run_phases(folder: Path | str | None, **changes: Any) -> FitResult:
+    """The reference run in two phases."""
+    return run(folder, **({"max_steps": None, "phases": PHASES} | changes))
+
+
 def biases(model: nn.Module) -> Tensor:
     """Every bias, flat."""
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if name.endswith("bias")])
@@ -126,7 +143,8 @@ def _replace_in(module: Any, name: str, number: int, *, after: bool) -> None:
 
 
 def main() -> None:
-    """`python fit_cases.py FOLDER MOMENT`: the reference run, killed with SIGKILL at that moment."""
+    """`python fit_cases.py FOLDER MOMENT`: the reference run, killed with SIGKILL at that moment; in two phases where
+    the moment is `phases-N`: when step N is in the journal and not yet released."""
     import dpbitfit_fx.checkpoint as checkpoint
 
     folder, moment = sys.argv[1], sys.argv[2]
@@ -144,6 +162,9 @@ def main() -> None:
         torch.optim.Adam.step = _kill_on_call(step, 8, after=True)  # type: ignore[method-assign]
     elif moment == "results-written":
         store.erase = _kill_on_call(store.erase, 1, after=False)  # type: ignore[method-assign]
+    elif moment.startswith("phases-"):
+        store.record = _kill_on_call(store.record, int(moment[7:]), after=True)  # type: ignore[method-assign]
+        run_phases(folder)
     run(folder)
 
 

@@ -49,7 +49,7 @@ def test_what_would_need_pickle_is_refused_by_name() -> None:
 
 
 def state_at(step: int) -> SavedState:
-    return SavedState(step, 0, {"m": 1}, {"f": 2}, {"bias": torch.full((3,), float(step))}, {"state": {}})
+    return SavedState(step, [0], {"m": 1}, {"f": 2}, {"bias": torch.full((3,), float(step))}, {"state": {}})
 
 
 def test_the_journal_returns_what_may_have_been_released_and_ignores_a_torn_line(tmp_path: Path) -> None:
