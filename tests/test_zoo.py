@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import POOL, compiled, flat, oracle, relative_errors, zoo
+from zoo import POOL, cases, compiled, flat, oracle, relative_errors
 
-NAMES = list(zoo())
+NAMES = list(cases())
 BATCHES = {1: [4], 2: [5, 0], 3: [2, 5, 1], 17: [(5 * i + 1) % POOL for i in range(17)]}
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 
@@ -17,7 +17,7 @@ def test_float32_gradients_equal_the_loop_for_batches_of_1_2_3_and_17(name: str)
     assert set(step.trainable_names) == set(loop)
     own_error = relative_errors(loop, exact)
     for size, rows in BATCHES.items():
-        ours = step.per_sample_gradients(zoo()[name].rows(rows))
+        ours = step.per_sample_gradients(cases()[name].rows(rows))
         assert {k: v.shape for k, v in ours.items()} == {k: (size, *v.shape[1:]) for k, v in loop.items()}
         error = relative_errors(ours, {k: loop[k][rows] for k in ours})
         allowed = (2 * own_error[rows]).clamp(min=1e-5)
@@ -28,7 +28,7 @@ def test_float32_gradients_equal_the_loop_for_batches_of_1_2_3_and_17(name: str)
 def test_float64_gradients_equal_the_loop_to_1e_minus_10(name: str) -> None:
     step, loop = compiled(name, torch.float64), oracle(name, torch.float64)
     for size, rows in BATCHES.items():
-        ours = step.per_sample_gradients(zoo()[name].rows(rows, torch.float64))
+        ours = step.per_sample_gradients(cases()[name].rows(rows, torch.float64))
         theirs = {k: loop[k][rows] for k in ours}
         assert all(v.dtype == torch.float64 for v in ours.values())
         assert relative_errors(ours, theirs).max() <= 1e-10, f"batch {size}"
@@ -47,9 +47,9 @@ def test_every_parameter_called_bias_is_trained(name: str) -> None:
     assert len(step.trainable_names) >= 2
 
 
-@pytest.mark.parametrize("name", [n for n, c in zoo().items() if c.attention])
+@pytest.mark.parametrize("name", [n for n, c in cases().items() if c.attention])
 def test_attention_stays_fused_forward_and_backward(name: str) -> None:
-    layers, counts = zoo()[name].attention, compiled(name).report().operators
+    layers, counts = cases()[name].attention, compiled(name).report().operators
     assert counts.get(f"{FLASH}.default") == layers
     assert counts.get(f"{FLASH}_backward.default") == layers
     assert not any("softmax" in op and "log_softmax" not in op for op in counts)
@@ -61,7 +61,7 @@ def test_the_step_equals_the_clipped_sum_of_the_loop(name: str) -> None:
     loop = {k: v[rows] for k, v in oracle(name).items()}
     norms = flat(loop).norm(dim=1)
     factors = (1.0 / (norms + 0.01)).float()
-    total = step.clipped_sum(zoo()[name].rows(rows))
+    total = step.clipped_sum(cases()[name].rows(rows))
     for key, value in total.items():
         expected = torch.einsum("b,b...->...", factors, loop[key])
         assert torch.allclose(value, expected, rtol=1e-4, atol=2e-5), key
