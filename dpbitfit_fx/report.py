@@ -24,6 +24,8 @@ class Report:
     public_inputs: tuple[str, ...]
     graph_hash: str
     slow: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -67,4 +69,6 @@ def make_report(model: Any, joint: JointGraph) -> Report:
         public_inputs=tuple(i.target for i in joint.with_role(Role.FROZEN) if i.target not in params),
         graph_hash=joint.digest(),
         slow=joint.slow,
+        folded=joint.folded,
+        dropped=joint.dropped,
     )

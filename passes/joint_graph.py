@@ -109,7 +109,9 @@ class JointGraph:
 
     Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
     After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
-    ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy).
+    ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy). ``folded`` names
+    the operators of the user's program that a rule of ours batched, ``slow`` those that it unrolled over time,
+    ``dropped`` the assertions on values that were taken out.
     """
 
     module: fx.GraphModule
@@ -123,6 +125,8 @@ class JointGraph:
     noise: Noise | None = None
     source: Source | None = None
     slow: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:
