@@ -43,6 +43,7 @@ class Report:
         lines += [f"  near miss  {name}: {why}" for name, why in self.near_misses]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
+        lines += [f"  assertion on values taken out  {what}" for what in self.dropped]
         lines += [
             f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
             for name, seconds, before, after in self.passes

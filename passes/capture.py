@@ -35,7 +35,7 @@ from .torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from .unify import LIBRARIES, unify, where
+from .unify import LIBRARIES, VIEWS, unify, where
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -87,6 +87,10 @@ class _OneSample(fx.Interpreter):
                 enable_gqa=given.get("enable_gqa", False),
                 mask_is_trainable=self.current in self.trainable_masks,
             )
+        if (
+            target in VIEWS
+        ):  # the program is functional, and vmap's strides need not allow the view that one sample's do
+            return args[0].reshape(args[1])
         return (_rule(target) or target)(*args, **kwargs)
 
 

@@ -48,10 +48,16 @@ def _slice_scatter(x: Tensor, source: Tensor, dim: int = 0, start: Any = None, e
     return aten.slice_scatter.default(x, source, dim, first, max(first, last), step)
 
 
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What ``x.copy_(source)`` leaves in x: torch has no derivative for the functional form."""
+    return source.to(x.dtype).expand(x.shape)
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     aten._grouped_mm.default: _grouped_mm,
     aten.histc.default: _histc,
     aten.slice_scatter.default: _slice_scatter,
+    aten.copy.default: _copy,
 }
 # Operators that a library of models registers; torch does not know them before that library is imported.
 BY_NAME: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": grouped_product}

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import POOL, cases, compiled, flat, oracle, relative_errors
+import zoo_transformers
+from zoo import POOL, cases, compile_case, compiled, flat, loop, oracle, relative_errors
+
+import dpbitfit_fx as dpb
 
 NAMES = list(cases())
 BATCHES = {1: [4], 2: [5, 0], 3: [2, 5, 1], 17: [(5 * i + 1) % POOL for i in range(17)]}
+# Of the many in zoo_transformers (tools/zoo runs them all), those whose operators no other has.
+FAST = (
+    "albert",
+    "xlnet",
+    "funnel",
+    "xlm",
+    "bloom",
+    "mixtral",
+    "mamba",
+    "t5",
+    "beit",
+    "efficientnet",
+    "segformer",
+    "clip",
+)
+REFUSED = {
+    "yoso": r"autograd\.Function YosoCumulation with a backward of its own",
+    "longformer": r"modeling_longformer\.py.*if is_global_attn:",
+    "levit": r"attention_bias_cache.*eval mode already",
+}
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -65,3 +88,19 @@ def test_the_step_equals_the_clipped_sum_of_the_loop(name: str) -> None:
     for key, value in total.items():
         expected = torch.einsum("b,b...->...", factors, loop[key])
         assert torch.allclose(value, expected, rtol=1e-4, atol=2e-5), key
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_further_architectures_equal_the_loop_for_batches_of_1_and_3(name: str) -> None:
+    case = zoo_transformers.cases()[name]
+    step = compile_case(case)
+    theirs = loop(case, step.trainable_names)
+    for rows in (BATCHES[1], BATCHES[3]):
+        error = relative_errors(step.per_sample_gradients(case.rows(rows)), {k: v[rows] for k, v in theirs.items()})
+        assert bool((error <= 1e-5).all()), f"{error.max():.1e}"  # NaN fails too
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_that_cannot_be_private_is_refused_by_what_is_in_its_way(name: str) -> None:
+    with pytest.raises(dpb.CompileRefused, match=REFUSED[name]):
+        compile_case(zoo_transformers.cases()[name])

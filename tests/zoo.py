@@ -139,9 +139,7 @@ def cases() -> dict[str, Case]:
     words = {**kw, "vocab_size": 100}
     roberta = t.RobertaConfig(**words, max_position_embeddings=40)
     distilbert = t.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=100)
-    gpt2 = t.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, bos_token_id=1, eos_token_id=1
-    )
+    gpt2 = t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, bos_token_id=1, eos_token_id=1)
     vit = t.ViTConfig(**kw, image_size=32, patch_size=8)
     swin = t.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
     convnext = t.ConvNextConfig(hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1])

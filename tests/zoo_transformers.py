@@ -164,6 +164,7 @@ Row = tuple[str, str, str, Callable[[], Any], Loss, str] | tuple[str, str, str, 
 def table() -> list[Row]:
     """Name, family, model class, configuration, loss, data, and trainables where not the biases."""
     words, lm = "language", language_model_loss
+    # fmt: off
     return [
         # Encoders of text
         ("albert", words, "AlbertForSequenceClassification", lambda: t.AlbertConfig(**WORDS, embedding_size=16), text_loss, "text"),
@@ -214,7 +215,7 @@ def table() -> list[Row]:
         ("gpt_oss", words, "GptOssForCausalLM", lambda: t.GptOssConfig(**WORDS, num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]), lm, "ids"),
         ("mamba", words, "MambaForCausalLM", lambda: t.MambaConfig(vocab_size=100, hidden_size=16, state_size=4, num_hidden_layers=2, use_bias=True), lm, "ids"),
         ("mamba2", words, "Mamba2ForCausalLM", lambda: t.Mamba2Config(vocab_size=100, hidden_size=16, state_size=4, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=2, chunk_size=4, use_bias=True), lm, "ids"),
-        ("rwkv", words, "RwkvForCausalLM", lambda: t.RwkvConfig(vocab_size=100, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, intermediate_size=32, context_length=16), lm, "ids"),
+        ("rwkv", words, "RwkvForCausalLM", lambda: t.RwkvConfig(vocab_size=100, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, intermediate_size=32, context_length=16, rescale_every=0), lm, "ids"),
         # Encoder and decoder
         ("t5", words, "T5ForConditionalGeneration", lambda: t.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0), seq2seq_loss, "pairs", ("*layer_norm*",)),
         ("bart", words, "BartForConditionalGeneration", lambda: t.BartConfig(**FULL), seq2seq_loss, "pairs"),
@@ -242,7 +243,7 @@ def table() -> list[Row]:
         ("levit", "vision", "LevitForImageClassification", lambda: t.LevitConfig(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8], mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2]), image_loss, "image64"),
         ("mobilevit", "vision", "MobileViTForImageClassification", lambda: t.MobileViTConfig(image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 48], num_attention_heads=2, mlp_ratio=2.0), image_loss, "image64"),
         ("pvt", "vision", "PvtForImageClassification", lambda: t.PvtConfig(image_size=32, num_encoder_blocks=2, depths=[1, 1], sequence_reduction_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]), image_loss, "image"),
-        ("cvt", "vision", "CvtForImageClassification", lambda: t.CvtConfig(patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1], embed_dim=[8, 16], num_heads=[1, 2], depth=[1, 1], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0], qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn", "dw_bn"], kernel_qkv=[3, 3], padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1]), image_loss, "image"),
+        ("cvt", "vision", "CvtForImageClassification", lambda: t.CvtConfig(patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1], embed_dim=[8, 16], num_heads=[1, 2], depth=[1, 2], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0], qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn", "dw_bn"], kernel_qkv=[3, 3], padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1]), image_loss, "image"),
         ("swiftformer", "vision", "SwiftFormerForImageClassification", lambda: t.SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 16, 16, 24], mlp_ratio=2), image_loss, "image64"),
         ("vit_mae", "vision", "ViTMAEForPreTraining", lambda: t.ViTMAEConfig(**PIXELS, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32), masked_autoencoder_loss, "masked"),
         ("hiera", "vision", "HieraForImageClassification", lambda: t.HieraConfig(embed_dim=8, image_size=[32, 32], patch_kernel=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], depths=[1, 1], num_heads=[1, 2], num_query_pool=1, query_stride=[2, 2], masked_unit_size=[4, 4], masked_unit_attention=[True, False]), image_loss, "image"),
@@ -266,7 +267,8 @@ def table() -> list[Row]:
         ("patchtst", "series", "PatchTSTForPrediction", lambda: t.PatchTSTConfig(num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, loss="mse", norm_type="layernorm", num_targets=2), forecast_loss, "series"),
         ("patchtsmixer", "series", "PatchTSMixerForPrediction", lambda: t.PatchTSMixerConfig(num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=8, num_layers=2, loss="mse"), forecast_loss, "series"),
         ("decision_transformer", "control", "DecisionTransformerModel", lambda: t.DecisionTransformerConfig(state_dim=5, act_dim=3, hidden_size=32, max_ep_len=16, n_layer=2, n_head=4, n_positions=40), actions_loss, "episodes"),
-    ]  # fmt: skip
+    ]
+    # fmt: on
 
 
 def git_loss(model: Any, batch: Any) -> Tensor:
