@@ -135,10 +135,10 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
         for p, flag in zip(chosen, flags, strict=True):
             p.requires_grad_(flag)
     ours = [torch.einsum("b,b...->...", weights.to(g), g) for g in gradients]
-    theirs = [torch.zeros_like(p) if g is None else g for g, p in zip(theirs, chosen, strict=True)]
+    others = [torch.zeros_like(p) if g is None else g for g, p in zip(theirs, chosen, strict=True)]
     norms = [(g.double().flatten(1).norm(dim=1) * weights.double()).sum() for g in gradients]
     whole = (torch.cat([g.double().flatten(1) for g in gradients], 1).norm(dim=1) * weights.double()).sum()
-    for target, mine, other, norm in zip(joint.targets, ours, theirs, norms, strict=True):
+    for target, mine, other, norm in zip(joint.targets, ours, others, norms, strict=True):
         kind = max((coarse, target.dtype), key=lambda d: TOLERANCE.get(d, 1e-3))
         # A gradient that is zero but for rounding (a key bias under softmax) is measured against the whole.
         allowed = TOLERANCE.get(kind, 1e-3) * norm + ROUNDING.get(kind, 1e-5) * whole + 1e-12
@@ -157,7 +157,8 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
 
 def _own_backward(loss: torch.Tensor) -> str:
     """The first custom autograd.Function on the way back from the loss, by its class name; '' if there is none."""
-    todo, seen = [loss.grad_fn], set()
+    todo: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:

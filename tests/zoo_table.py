@@ -93,13 +93,16 @@ def examine(case: Case) -> Row:
     own = relative_errors(loops[torch.float32], loops[torch.float64])
     for rows in BATCHES.values():
         ours = step.per_sample_gradients(case.rows(rows))
-        error = relative_errors(ours, {k: loops[torch.float32][k][rows] for k in names})
+        error32 = relative_errors(ours, {k: loops[torch.float32][k][rows] for k in names})
         _, grads = run_joint(joint, tree_flatten(case.rows(rows, torch.float64))[0])
         error64 = relative_errors(
             dict(zip(names, grads, strict=True)), {k: loops[torch.float64][k][rows] for k in names}
         )
-        excess = max(excess, _largest(error / (2 * own[rows]).clamp(min=FLOAT32)))
-        worst = {"float32": max(worst["float32"], _largest(error)), "float64": max(worst["float64"], _largest(error64))}
+        excess = max(excess, _largest(error32 / (2 * own[rows]).clamp(min=FLOAT32)))
+        worst = {
+            "float32": max(worst["float32"], _largest(error32)),
+            "float64": max(worst["float64"], _largest(error64)),
+        }
     good = excess <= 1 and worst["float64"] <= FLOAT64 and row["sealed"] and not row["missing"]
     return {**row, **worst, "own": _largest(own), "status": "matches" if good else "WRONG"}
 
@@ -130,7 +133,8 @@ def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) ->
     Ctrl-C ends the run early and keeps what is done.
     """
     context = multiprocessing.get_context("fork")
-    waiting, done = list(cases), {}
+    waiting = list(cases)
+    done: dict[str, Row] = {}
     running: dict[Any, tuple[Case, Any, float]] = {}
     task = progress.add_task("zoo", total=len(cases))
     try:
@@ -143,10 +147,11 @@ def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) ->
                 send.close()
                 running[receive] = (case, process, time.monotonic())
             progress.update(task, description=", ".join(c.name for c, *_ in running.values()))
-            for pipe in [*multiprocessing.connection.wait(list(running), timeout=1.0)]:
-                case, process, _ = running.pop(pipe)
+            for pipe in multiprocessing.connection.wait(list(running), timeout=1.0):
+                receiver: Any = pipe
+                case, process, _ = running.pop(receiver)
                 try:
-                    done[case.name] = pipe.recv()  # type: ignore[union-attr]
+                    done[case.name] = receiver.recv()
                 except EOFError:
                     process.join()
                     done[case.name] = _failed(case, f"its process ended with exit code {process.exitcode}")

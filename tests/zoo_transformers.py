@@ -57,12 +57,6 @@ def seq2seq_loss(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
 
 
-def pooled_loss(model: Any, batch: Any) -> Tensor:
-    """A quadratic loss on the mean of the last hidden state, for models without a head of their own."""
-    hidden = model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
-    return (hidden.flatten(1).mean(1) - batch["labels"]).pow(2) + hidden.flatten(1).pow(2).mean(1)
-
-
 def logits_loss(model: Any, batch: Any) -> Tensor:
     return cross_entropy(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
 
@@ -79,7 +73,8 @@ def detection_loss(model: Any, batch: Any) -> Tensor:
     out = model(batch["pixel_values"])
     classes = torch.arange(out.logits.shape[1]) % out.logits.shape[2]
     ce = F.cross_entropy(out.logits.transpose(1, 2), classes.expand(out.logits.shape[0], -1), reduction="none").mean(1)
-    return ce + (out.pred_boxes - 0.5).abs().flatten(1).mean(1)
+    losses: Tensor = ce + (out.pred_boxes - 0.5).abs().flatten(1).mean(1)
+    return losses
 
 
 def towers_loss(model: Any, batch: Any) -> Tensor:
@@ -92,16 +87,20 @@ def masked_autoencoder_loss(model: Any, batch: Any) -> Tensor:
     """Reconstruction of the masked patches; which are masked is chosen by noise that comes with the batch."""
     out = model(batch["pixel_values"], noise=batch["noise"])
     target = model.patchify(batch["pixel_values"])
-    return ((out.logits - target).pow(2).mean(-1) * out.mask).sum(1) / out.mask.sum(1)
+    losses: Tensor = ((out.logits - target).pow(2).mean(-1) * out.mask).sum(1) / out.mask.sum(1)
+    return losses
 
 
 def forecast_loss(model: Any, batch: Any) -> Tensor:
-    return model(past_values=batch["past_values"]).prediction_outputs.sub(batch["future_values"]).pow(2).mean((1, 2))
+    predicted: Tensor = model(past_values=batch["past_values"]).prediction_outputs
+    losses: Tensor = (predicted - batch["future_values"]).pow(2).mean((1, 2))
+    return losses
 
 
 def actions_loss(model: Any, batch: Any) -> Tensor:
-    out = model(**{k: v for k, v in batch.items()})
-    return (out.action_preds - batch["actions"]).pow(2).flatten(1).mean(1)
+    predicted: Tensor = model(**batch).action_preds
+    losses: Tensor = (predicted - batch["actions"]).pow(2).flatten(1).mean(1)
+    return losses
 
 
 def data() -> dict[str, Any]:
