@@ -28,6 +28,8 @@ class Report:
     packed: tuple[str, ...] = ()
     packed_bytes: int = 0
     excluded: tuple[tuple[str, str], ...] = ()
+    folded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -46,6 +48,7 @@ class Report:
         lines += [f"  near miss  {name}: {why}" for name, why in self.near_misses]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
+        lines += [f"  assertion on values taken out  {what}" for what in self.dropped]
         lines += [
             f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
             for name, seconds, before, after in self.passes
@@ -80,4 +83,6 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
         packed=tuple(pack.target for pack in lowered.packs),
         packed_bytes=lowered.packed_bytes,
         excluded=joint.selection.excluded,
+        folded=joint.folded,
+        dropped=joint.dropped,
     )

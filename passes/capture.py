@@ -19,8 +19,9 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functionalize, grad_and_value, vmap
 
-from . import added_biases, closures, recurrent_rules, sample_rules, trainables
+from . import added_biases, closures, recurrent_rules, routing_rules, sample_rules, trainables
 from .attention_rule import attention
+from .checks import data_dependent_origin, drop_checks
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, Source, finish
 from .model_state import dropout_off, refuse_train_mode_batchnorm, untouched
@@ -34,11 +35,12 @@ from .torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from .unify import LIBRARIES, unify, where
+from .unify import LIBRARIES, VIEWS, unify, where
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 SIZES = (11, 13)
-RULES = {**sample_rules.RULES, **recurrent_rules.RULES}
+RULES = {**sample_rules.RULES, **recurrent_rules.RULES, **routing_rules.RULES}
 
 
 class _Whole(nn.Module):
@@ -55,6 +57,10 @@ class _Whole(nn.Module):
         return self._loss_fn(self.model, tree_unflatten(leaves, self._spec))
 
 
+def _rule(target: Any) -> Any:
+    return RULES.get(target) or routing_rules.BY_NAME.get(str(target))
+
+
 class _OneSample(fx.Interpreter):
     """Runs the exported one-sample graph under vmap, with attention that knows how to be folded."""
 
@@ -66,7 +72,7 @@ class _OneSample(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten.scaled_dot_product_attention.default:
+        if target is ATTENTION:
             assert self.current is not None
             names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -81,7 +87,11 @@ class _OneSample(fx.Interpreter):
                 enable_gqa=given.get("enable_gqa", False),
                 mask_is_trainable=self.current in self.trainable_masks,
             )
-        return RULES.get(target, target)(*args, **kwargs)
+        if (
+            target in VIEWS
+        ):  # the program is functional, and vmap's strides need not allow the view that one sample's do
+            return args[0].reshape(args[1])
+        return (_rule(target) or target)(*args, **kwargs)
 
 
 def split_batch(batch: Any) -> tuple[list[torch.Tensor], dict[int, Any], Any, list[str], int]:
@@ -139,6 +149,7 @@ def capture(source: Source) -> JointGraph:
     program = export_one(source)
     tensors, _, spec, names, _ = split_batch(source.example_batch)
     module = program.graph_module
+    dropped = drop_checks(module)
     specs = program.graph_signature.input_specs
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     # A tied parameter may be exported under its last name; named_parameters() lists it under its first.
@@ -210,8 +221,16 @@ def capture(source: Source) -> JointGraph:
     slow = tuple(
         f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
     )
+    folded = {n.target for n in module.graph.nodes if _rule(n.target) or n.target is ATTENTION}
     joint_graph = JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
-    return dataclasses.replace(joint_graph, source=source, slow=slow, added=tuple(added))
+    return dataclasses.replace(
+        joint_graph,
+        source=source,
+        slow=slow,
+        added=tuple(added),
+        folded=tuple(sorted(map(str, folded))),
+        dropped=dropped,
+    )
 
 
 def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
@@ -234,6 +253,13 @@ def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: lis
             node = running.current
             forward = node is not None and node.op == "call_function"  # else the backward was being traced
             place = where(node) if node is not None and forward else _user_line(error)
+            origin = data_dependent_origin(node) if node is not None and "data-dependent" in str(error) else None
+            if origin is not None:
+                raise CompileRefused(
+                    f"The operator {origin.target} gives a size or a number that depends on the data.{where(origin)} It "
+                    "would differ from sample to sample, so there is no form for many at once: take it out of the "
+                    "forward, or choose the model's own switch that avoids it."
+                ) from error
             if node is not None and "random operation" in str(error):
                 raise CompileRefused(_random(node, place)) from error
             raise CompileRefused(
@@ -280,7 +306,7 @@ def _masks_that_need_gradients(module: fx.GraphModule, trained: list[fx.Node]) -
             depends.add(node)
     result = set()
     for node in module.graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target is ATTENTION:
             assert argument_names(node.target)[3] == "attn_mask"
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if mask in depends:

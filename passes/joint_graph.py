@@ -133,7 +133,9 @@ class JointGraph:
     Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
     After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
     ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy), and the name of
-    each of the ``added`` biases to a parameter that the model does not have.
+    each of the ``added`` biases to a parameter that the model does not have. ``folded`` names the operators of the user's
+    program that a rule of ours batched, ``slow`` those that it unrolled over time, ``dropped`` the assertions on values
+    that were taken out.
     """
 
     module: fx.GraphModule
@@ -148,6 +150,8 @@ class JointGraph:
     source: Source | None = None
     slow: tuple[str, ...] = ()
     added: tuple[AddedBias, ...] = ()
+    folded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -89,22 +89,25 @@ class _Kept:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Runs the user's code; whatever tensors it left in the model's modules are taken out again, and it is refused."""
     kept = [(name, _Kept(module)) for name, module in model.named_modules()]
-    found: list[str] = []
+    found: list[tuple[str, bool]] = []
     try:
         yield
     finally:
         for name, module in kept:
-            found += [f"{name}.{key}".lstrip(".") for key in module.restore()]
+            found += [(f"{name}.{key}".lstrip("."), module.module.training) for key in module.restore()]
         # Also when the body refuses the model for another reason: what it remembers is the cause of that.
         if found:
-            refuse_written(found[0])
+            refuse_written(*found[0])
 
 
-def refuse_written(name: str) -> None:
+def refuse_written(name: str, training: bool) -> None:
+    owner = name.rpartition(".")[0] or "the model"
+    cure = f"Put the module that owns it ({owner}) in eval mode, or stop it from writing."
+    if not training:
+        cure = f"The module that owns it ({owner}) is in eval mode already: stop it from writing."
     raise CompileRefused(
-        f"The model writes {name!r} in forward: a buffer, memory bank or running statistic that would keep private data "
-        f"without noise. Put the module that owns it ({name.rpartition('.')[0] or 'the model'}) in eval mode, or stop it "
-        "from writing."
+        f"The model writes {name!r} in forward: a buffer, cache, memory bank or running statistic that would keep private "
+        f"data without noise. {cure}"
     )
 
 

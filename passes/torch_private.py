@@ -74,6 +74,12 @@ def has_effect(target: Any) -> bool:
     return asserts or not target._schema.returns or torch.Tag.data_dependent_output in target.tags
 
 
+def reads_data(target: Any) -> bool:
+    """Whether the size of an operator's result, or a Python number that it gives, depends on what its tensors hold."""
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return isinstance(target, torch._ops.OpOverload) and bool(tags & set(target.tags))
+
+
 def returns_several(target: Any) -> bool:
     """Whether an operator returns a tuple or a list, which ``operator.getitem`` then takes apart."""
     if not isinstance(target, torch._ops.OpOverload):

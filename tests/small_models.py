@@ -29,6 +29,13 @@ class Sandwich(nn.Module):
         return self.last(self.transform(torch.tanh(self.first(x))))
 
 
+def none_below(h: Tensor) -> Tensor:
+    """Asserts that nothing is below -2; it stands here since pytest rewrites the assertions of test modules."""
+    counts = (h > -2).sum(1)
+    assert counts.min().item() >= h.shape[1]
+    return h
+
+
 def losses(model: Any, batch: Any) -> Tensor:
     found: Tensor = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
     return found

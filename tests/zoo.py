@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import dpbitfit_fx as dpb
@@ -25,7 +26,8 @@ Loss = Callable[[Any, Any], Tensor]
 class Case:
     """``make()`` gives the untrained model, ``loss(model, batch)`` its losses [B], ``pool`` ``POOL`` rows of data.
 
-    ``attention`` is how many fused attention calls one forward makes.
+    ``attention`` is how many fused attention calls one forward makes, ``family`` what the model is for, ``trainable``
+    what is given to ``compile``.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Case:
     loss: Loss
     pool: Any
     attention: int = 0
+    family: str = ""
+    trainable: str | tuple[str, ...] = "bias"
 
     def rows(self, index: list[int], dtype: torch.dtype = torch.float32) -> Any:
         """A batch of these rows of the pool, floats in ``dtype``."""
@@ -116,7 +120,7 @@ def mlp() -> nn.Module:
 
 
 @functools.cache
-def zoo() -> dict[str, Case]:
+def cases() -> dict[str, Case]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 90, (POOL, 10), generator=g)
     kept = torch.ones(POOL, 10, dtype=torch.long)
@@ -135,9 +139,7 @@ def zoo() -> dict[str, Case]:
     words = {**kw, "vocab_size": 100}
     roberta = t.RobertaConfig(**words, max_position_embeddings=40)
     distilbert = t.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=100)
-    gpt2 = t.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, bos_token_id=1, eos_token_id=1
-    )
+    gpt2 = t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, bos_token_id=1, eos_token_id=1)
     vit = t.ViTConfig(**kw, image_size=32, patch_size=8)
     swin = t.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
     convnext = t.ConvNextConfig(hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1])
@@ -166,7 +168,7 @@ def zoo() -> dict[str, Case]:
     def mlp_loss(model: Any, batch: Any) -> Tensor:
         return cross_entropy(model(batch[0]), batch[1])
 
-    cases = [
+    found = [
         Case("bert", lambda: t.BertForSequenceClassification(t.BertConfig(**words)), text_loss, text, 2),
         Case("roberta", lambda: t.RobertaForSequenceClassification(roberta), text_loss, text, 2),
         Case("distilbert", lambda: t.DistilBertForSequenceClassification(distilbert), text_loss, text, 2),
@@ -182,7 +184,7 @@ def zoo() -> dict[str, Case]:
         Case("group_norm_cnn", group_norm_cnn, cnn_loss, image),
         Case("mlp", mlp, mlp_loss, (torch.randn(POOL, 10, generator=g), labels)),
     ]
-    return {c.name: c for c in cases}
+    return {c.name: c for c in found}
 
 
 def build(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -198,44 +200,61 @@ def build(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
                 assert b.running_mean is not None and b.running_var is not None
                 b.running_mean.normal_(std=0.1)
                 b.running_var.uniform_(0.5, 1.5)
-    if dtype is torch.float64:
-        _norms_in_full_precision(model)
     return model.to(dtype)
 
 
-def _norms_in_full_precision(model: nn.Module) -> None:
-    """LlamaRMSNorm rounds to float32 whatever its input; a 1e-10 claim needs the same formula in float64."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
-                theirs: Any = child
-                norm = nn.RMSNorm(theirs.weight.shape[0], eps=theirs.variance_epsilon)
-                norm.weight = theirs.weight
-                setattr(parent, name, norm)
+class _InFloat64(TorchFunctionMode):
+    """Where the model's code asks for float32 by name (norms, softmax, rotations), it gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+
+        def widen(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        return func(*tree_map(widen, args), **{k: tree_map(widen, v) for k, v in (kwargs or {}).items()})
 
 
-@functools.cache
-def compiled(name: str, dtype: torch.dtype = torch.float32) -> dpb.PrivateStep:
-    """One compile per model and dtype for the whole test session."""
-    case = zoo()[name]
-    return dpb.compile(build(case, dtype), case.loss, case.rows([0, 1, 2, 3], dtype))
+def in_dtype(loss: Loss, dtype: torch.dtype) -> Loss:
+    """The same loss; for float64 in float64 throughout, since a 1e-10 claim is void across a cast to float32."""
+
+    def exact(model: Any, batch: Any) -> Tensor:
+        with _InFloat64():
+            return loss(model, batch)
+
+    return exact if dtype is torch.float64 else loss
 
 
-@functools.cache
-def oracle(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def compile_case(case: Case, dtype: torch.dtype = torch.float32) -> dpb.PrivateStep:
+    model, batch = build(case, dtype), case.rows([0, 1, 2, 3], dtype)
+    return dpb.compile(model, in_dtype(case.loss, dtype), batch, trainable=case.trainable)
+
+
+def loop(case: Case, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """``{parameter: [POOL, *shape]}``: a loop of single-sample autograd on the original model.
 
     Every sample is given twice and the first loss taken: torch 2.13 on CPU has wrong gradients of eval BatchNorm for a
     batch of one with some strides (design section 3).
     """
-    case = zoo()[name]
-    model, found = build(case, dtype), []
-    params = {k: p for k, p in model.named_parameters() if k in compiled(name).trainable_names}
+    model, loss_fn, found = build(case, dtype), in_dtype(case.loss, dtype), []
+    params = dict(model.named_parameters())
     for row in range(POOL):
-        loss = case.loss(model, case.rows([row, row], dtype))
-        grads = torch.autograd.grad(loss[0], list(params.values()))
-        found.append(grads)
-    return {k: torch.stack([g[i] for g in found]) for i, k in enumerate(params)}
+        loss = loss_fn(model, case.rows([row, row], dtype))
+        found.append(torch.autograd.grad(loss[0], [params[k] for k in names]))
+    return {k: torch.stack([g[i] for g in found]) for i, k in enumerate(names)}
+
+
+@functools.cache
+def compiled(name: str, dtype: torch.dtype = torch.float32) -> dpb.PrivateStep:
+    """One compile per model and dtype for the whole test session."""
+    return compile_case(cases()[name], dtype)
+
+
+@functools.cache
+def oracle(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The loop's gradients of every parameter that the compiled step trains."""
+    return loop(cases()[name], compiled(name).trainable_names, dtype)
 
 
 def flat(grads: dict[str, Tensor]) -> Tensor:
