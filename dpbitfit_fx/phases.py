@@ -132,7 +132,7 @@ class PhaseRecord:
     graph_hash: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.trainable, list):  # as JSON gives it
+        if not isinstance(self.trainable, str):  # JSON gives a list
             object.__setattr__(self, "trainable", tuple(self.trainable))
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
 from dpbitfit_fx.compile import check_rows
 from dpbitfit_fx.passes import facts, packing
-from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD
+from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
 pytestmark = pytest.mark.skipif(LINEAR is None, reason="this build of torch has no oneDNN")
 
@@ -161,6 +161,6 @@ def test_a_lowering_that_changes_the_numbers_is_caught() -> None:
     step = compiled(net())
     wrong = [p for p in step._lowered.packs if "second" in p.target][-1]
     held = step._lowered._held[wrong.target]
-    held.tensor = packing.pack_linear_weight(torch.eye(96))
+    held.tensor = pack_linear_weight(torch.eye(96))
     with pytest.raises(dpb.SealBroken, match="the clipped sum is off by"):
         check_rows(step)
