@@ -88,7 +88,8 @@ class PrivateStep:
 
     @property
     def max_grad_norm(self) -> float:
-        return self.clipping.max_grad_norm
+        """R: the L2 sensitivity of :meth:`accumulate`, whatever the clipping."""
+        return self.clipping.sensitivity
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -215,6 +216,7 @@ def compile(  # the name users of torch.compile expect
     noise_multiplier: float | None = None,
     expected_batch_size: float | None = None,
     public_tensors: bool = False,
+    ghost_norms: bool | None = None,
     disable: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> PrivateStep:
@@ -222,9 +224,10 @@ def compile(  # the name users of torch.compile expect
 
     ``loss_fn(model, batch)`` returns losses [B] (or their mean or sum); ``batch`` is a nest of tensors with dim 0 = batch.
     ``example_batch`` must be made up or public: at least two rows, shapes and dtypes as in training; any batch size works
-    afterwards. ``trainable`` is ``"bias"`` or name patterns such as ``["bias", "classifier.*"]``. ``disable`` switches
-    optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen weights in the layout
-    that the CPU multiplies fastest; ``report()`` tells its size).
+    afterwards. ``trainable`` is ``"bias"``, ``"all"`` or name patterns such as ``["bias", "classifier.*"]``.
+    ``ghost_norms``: large gradients stay factored where that is cheaper (None), wherever it can be, or never.
+    ``disable`` switches optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen
+    weights in the layout that the CPU multiplies fastest; ``report()`` tells its size).
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
@@ -238,7 +241,7 @@ def compile(  # the name users of torch.compile expect
     if noise_multiplier is not None and expected_batch_size is not None:
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
-    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors)
+    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, ghost_norms)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         captured = run((CAPTURE, *PIPELINE[:2]), source, observer)

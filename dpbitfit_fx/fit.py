@@ -686,7 +686,7 @@ def fit(
                 "run_id": new_run_id(),
                 "delta": delta,
                 "max_grad_norm": float(engine.update.max_grad_norm),
-                "clipping": "automatic" if isinstance(clipping, AutomaticClipping) else "flat",
+                "clipping": clipping.kind,
                 "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
                 "graph_hash": _graph_hash(engine.compiled),
                 "num_trainable": engine.update.num_trainable,

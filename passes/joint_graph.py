@@ -101,13 +101,15 @@ class Source:
     clipping: Clipping | None = None
     noise: Noise | None = None
     public_tensors: bool = False
+    ghost_norms: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class JointGraph:
     """A joint graph whose placeholders are ``inputs`` in order, roles grouped as in :class:`Role`'s order.
 
-    Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
+    Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal; after
+    ``ghost`` a large gradient may be a tuple of its factors (``ghost_sum.Ghost``) instead.
     After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
     ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy).
     """
@@ -123,6 +125,7 @@ class JointGraph:
     noise: Noise | None = None
     source: Source | None = None
     slow: tuple[str, ...] = ()
+    ghosts: tuple[tuple[str, str], ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:
