@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .biases import load_biases, save_biases
-    from .clipping import AutomaticClipping, FlatClipping
+    from .clipping import AutomaticClipping, AutoVClipping, FlatClipping, PerLayerClipping
     from .compile import PrivateStep, compile
     from .errors import CompileRefused, DPBitFitError, SealBroken
     from .fit import FitResult, fit
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoVClipping": "clipping",
     "AutomaticClipping": "clipping",
     "CompileRefused": "errors",
     "DPBitFitError": "errors",
     "FitResult": "fit",
     "FlatClipping": "clipping",
+    "PerLayerClipping": "clipping",
     "Phase": "phases",
     "PrivateStep": "compile",
     "SealBroken": "errors",
@@ -40,11 +42,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoVClipping",
     "AutomaticClipping",
     "CompileRefused",
     "DPBitFitError",
     "FitResult",
     "FlatClipping",
+    "PerLayerClipping",
     "Phase",
     "PrivateStep",
     "SealBroken",

@@ -75,13 +75,11 @@ def _names(text: str | None, option: str) -> list[str] | None:
 
 
 def _clipping(kind: str, max_grad_norm: float) -> Any:
-    from dpbitfit_fx.clipping import AutomaticClipping, FlatClipping
+    from dpbitfit_fx.passes.clipping import KINDS
 
-    if kind not in ("automatic", "flat"):
-        raise PrivacyError(f"--clipping must be automatic or flat; got '{kind}'.")
-    if kind == "automatic":
-        return AutomaticClipping(max_grad_norm=max_grad_norm)
-    return FlatClipping(max_grad_norm=max_grad_norm)
+    if kind not in KINDS:
+        raise PrivacyError(f"--clipping must be one of {', '.join(KINDS)}; got '{kind}'.")
+    return KINDS[kind](max_grad_norm=max_grad_norm)
 
 
 def _tokenised(table: Any, tokenizer: Any, longest: int, what: str) -> TokenizedText:
@@ -131,7 +129,7 @@ def train(
     expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
     physical_batch_size: Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")] = 32,
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
-    clipping: Annotated[str, typer.Option(help="automatic or flat.")] = "automatic",
+    clipping: Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")] = "automatic",
     learning_rate: Annotated[float, typer.Option()] = 5e-3,
     trainable: Annotated[
         str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
@@ -307,7 +305,7 @@ def inspect(
         bool, typer.Option("--add-bias", help="Also a new bias for every layer that has none.")
     ] = False,
     length: Annotated[int, typer.Option(help="Tokens per made-up text.", min=2)] = 32,
-    clipping: Annotated[str, typer.Option(help="automatic or flat.")] = "automatic",
+    clipping: Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")] = "automatic",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what would be trained and by which rule, what was rewritten, what is slow, or why a model is refused."""

@@ -1,5 +1,5 @@
-"""How a per-sample gradient is bounded: ``AutomaticClipping`` (AUTO-S, the default) and ``FlatClipping`` (Abadi)."""
+"""How a per-sample gradient is bounded: AUTO-S (the default), AUTO-V, flat (Abadi), and flat layer by layer."""
 
-from .passes.clipping import AutomaticClipping, Clipping, FlatClipping
+from .passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 
-__all__ = ["AutomaticClipping", "Clipping", "FlatClipping"]
+__all__ = ["AutoVClipping", "AutomaticClipping", "Clipping", "FlatClipping", "PerLayerClipping"]

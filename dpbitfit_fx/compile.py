@@ -122,7 +122,8 @@ class PrivateStep:
 
     @property
     def max_grad_norm(self) -> float:
-        return self.clipping.max_grad_norm
+        """R: the L2 sensitivity of :meth:`accumulate`, whatever the clipping."""
+        return self.clipping.sensitivity
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -251,6 +252,7 @@ def compile(  # the name users of torch.compile expect
     noise_multiplier: float | None = None,
     expected_batch_size: float | None = None,
     public_tensors: bool = False,
+    ghost_norms: bool | None = None,
     disable: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> PrivateStep:
@@ -258,14 +260,14 @@ def compile(  # the name users of torch.compile expect
 
     ``loss_fn(model, batch)`` returns losses [B] (or their mean or sum); ``batch`` is a nest of tensors with dim 0 = batch.
     ``example_batch`` must be made up or public: at least two rows, shapes and dtypes as in training; any batch size works
-    afterwards. ``trainable`` is ``"bias"`` or shell-style name patterns such as ``["bias", "classifier.*"]``; ``exclude``
-    takes names out of it again: ``exclude=["*LayerNorm*"]``, or ``["*layer.[0-9].*"]`` to leave the last blocks only.
-    ``add_bias=True`` also trains a new bias, zero at first, behind every product with a parameter that has none (linear
-    layers, convolutions, ``matmul`` and ``einsum``), named as its layer would name it. They are the step's
+    afterwards. ``trainable`` is ``"bias"``, ``"all"`` or shell-style name patterns such as ``["bias", "classifier.*"]``;
+    ``exclude`` takes names out of it again: ``exclude=["*LayerNorm*"]``, or ``["*layer.[0-9].*"]`` to leave the last blocks
+    only. ``add_bias=True`` also trains a new bias, zero at first, behind every product with a parameter that has none
+    (linear layers, convolutions, ``matmul`` and ``einsum``), named as its layer would name it. They are the step's
     (:meth:`PrivateStep.parameters`); the model is not touched until :meth:`PrivateStep.apply_added_biases`.
-    ``disable`` switches
-    optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen weights in the layout
-    that the CPU multiplies fastest; ``report()`` tells its size).
+    ``ghost_norms``: large gradients stay factored where that is cheaper (None), wherever it can be, or never.
+    ``disable`` switches optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen
+    weights in the layout that the CPU multiplies fastest; ``report()`` tells its size).
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
@@ -280,7 +282,7 @@ def compile(  # the name users of torch.compile expect
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias)
+    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         captured = _capture(source, observer)

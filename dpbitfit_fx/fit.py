@@ -336,7 +336,7 @@ def _stage(phase: Phase, engine: Engine, sampler: PoissonSampler) -> Stage:
             "trainable": asked if isinstance(asked, str) else list(asked),
             "num_trainable": engine.update.num_trainable,
             "max_grad_norm": float(engine.update.max_grad_norm),
-            "clipping": "automatic" if isinstance(clipping, AutomaticClipping) else "flat",
+            "clipping": clipping.kind,
             "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
             "graph_hash": graph_hash_of(engine.compiled),
         },

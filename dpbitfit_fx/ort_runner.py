@@ -28,6 +28,7 @@ import numpy.typing as npt
 from dpbitfit_fx.biases import save_biases
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
 from dpbitfit_fx.files import atomic_write_text, ensure_output_folder, read_text, sha256_file
+from dpbitfit_fx.passes.clipping import KINDS
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -488,14 +489,19 @@ class OrtTrainer:
         from dpbitfit_fx.privacy_statement import PrivacyStatement
 
         clipping = self.manifest["clipping"]
-        automatic = clipping["type"] == "AutomaticClipping"
+        kind = next((k for k, c in KINDS.items() if c.__name__ == clipping["type"]), None)
+        if kind is None:
+            raise ArtifactError(
+                f"The manifest was written with the clipping {clipping['type']!r}, which this version does not know. Use the "
+                "version that exported it."
+            )
         return PrivacyStatement.create(
             self.plan.sampler,
             noise_multiplier=float(self.manifest["noise_multiplier"]),
             delta=self.plan.target_delta,
             max_grad_norm=float(self.manifest["max_grad_norm"]),
-            clipping="automatic" if automatic else "flat",
-            gamma=float(clipping["gamma"]) if automatic else None,
+            clipping=kind,
+            gamma=float(clipping["gamma"]) if kind == "automatic" else None,
             graph_hash=self.manifest["graph_hash"],
             num_trainable=self.size,
             num_parameters=int(self.manifest["num_parameters"]),

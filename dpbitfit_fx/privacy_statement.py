@@ -23,6 +23,7 @@ from dpbitfit_fx import accounting
 from dpbitfit_fx.accounting import Prior, PriorRun, format_epsilon
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.files import atomic_write_text, read_text
+from dpbitfit_fx.passes.clipping import KINDS
 from dpbitfit_fx.phases import PhaseRecord, joined_hash
 from dpbitfit_fx.randomness import INSECURE_CAVEAT, numeric_caveats
 from dpbitfit_fx.sampling import PoissonSampler
@@ -32,7 +33,7 @@ SCHEMA_VERSION: Final = 1
 FILE_NAME: Final = "privacy.json"
 PRIVACY_UNIT: Final = "one record"
 _PHASE: Final = "/phase-"
-_CLIPPINGS: Final = ("automatic", "flat")
+_CLIPPINGS: Final = tuple(KINDS)
 _PACKAGES: Final = (
     "dpbitfit_fx",
     "torch",
@@ -74,7 +75,8 @@ class PrivacyStatement:
     Attributes:
         epsilon, delta: of this run and ``prior`` together. steps: logical steps taken; ``lost_steps`` are charged
         besides. sampler: ``PoissonSampler.to_dict()``; its ``steps`` are the planned ones.
-        noise_multiplier: standard deviation of the noise over ``max_grad_norm``. gamma: of automatic clipping, else
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``, the L2 sensitivity R (per layer:
+        ``sqrt(sum R_l^2)``). gamma: of automatic clipping, else
         None. expected_batch_size: the public denominator. dataset_size_assumed_public: N was taken from len(dataset).
         tuning_covered: whether epsilon covers the choice of hyper-parameters.
         public_declarations: what else was declared public and where it came from (label set, padded lengths, ...).
@@ -152,7 +154,7 @@ class PrivacyStatement:
         planned).
 
         Args:
-            clipping: "automatic" or "flat". backend: "pytorch" or "onnxruntime", say.
+            clipping: "automatic", "flat", "auto-v" or "per-layer". backend: "pytorch" or "onnxruntime", say.
             prior: earlier runs on the same records (paths of privacy.json, statements, runs).
             run_id: keep it across a resume; default a new one.
             phases: of a run with several; ``sampler`` then has the largest sample_rate and all steps.
@@ -523,7 +525,7 @@ def _validate(statement: PrivacyStatement) -> None:
     if s.clipping == "automatic":
         require("gamma", _number(s.gamma) and (s.gamma or 0) > 0, "a finite number above 0 with automatic clipping")
     else:
-        require("gamma", s.gamma is None, "null with flat clipping")
+        require("gamma", s.gamma is None, "null where the clipping is not automatic")
     require("privacy_unit", s.privacy_unit == PRIVACY_UNIT, repr(PRIVACY_UNIT))
     relation = accounting.NEIGHBORING_RELATION
     require("neighboring_relation", s.neighboring_relation == relation, repr(relation))

@@ -25,6 +25,7 @@ class Report:
     public_inputs: tuple[str, ...]
     graph_hash: str
     slow: tuple[str, ...] = ()
+    ghosts: tuple[tuple[str, str], ...] = ()
     packed: tuple[str, ...] = ()
     packed_bytes: int = 0
     excluded: tuple[tuple[str, str], ...] = ()
@@ -46,6 +47,7 @@ class Report:
         lines += [f"  trained  {name} {list(shape)} (by {rule})" for name, shape, rule in self.trained]
         lines += [f"  excluded  {name} (by {pattern!r})" for name, pattern in self.excluded]
         lines += [f"  near miss  {name}: {why}" for name, why in self.near_misses]
+        lines += [f"  large  {name}: {how}" for name, how in self.ghosts]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
         lines += [f"  assertion on values taken out  {what}" for what in self.dropped]
@@ -80,6 +82,7 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
         public_inputs=tuple(i.target for i in joint.with_role(Role.FROZEN) if i.target not in params),
         graph_hash=joint.digest(),
         slow=joint.slow,
+        ghosts=joint.ghosts,
         packed=tuple(pack.target for pack in lowered.packs),
         packed_bytes=lowered.packed_bytes,
         excluded=joint.selection.excluded,

@@ -1,14 +1,16 @@
 """Pass 4, clip: per-sample gradients become one accumulated sum of clipped gradients (design §6).
 
-    G [B, D]  = all gradients side by side, float32 (float64 for float64 models)
-    n [B]     = sqrt(sum_d G^2) in float64, over exactly the values that are summed
-    keep [B]  = (sample_mask != 0) and (n^2 < 1e60)          NaN, inf and absurd norms contribute exactly zero
-    c [B]     = R / max(n, R)   (flat)   or   R / (n + gamma)   (automatic)
-    out [D]   = accumulator + [1, B] @ [B, D] of (where(keep, c, 0), where(keep, G, 0))
+    G [B, D]  = gradients side by side, float32 (float64 for float64 models); a block: neighbours of one layer
+    n_l [B]   = sqrt(sum_d G^2) in float64, over exactly the values that are summed, of every layer l (flat: one layer)
+    keep [B]  = (sample_mask != 0) and (sum_l n_l^2 < 1e60)   NaN, inf and absurd norms contribute exactly zero
+    c_l [B]   = R_l / max(n_l, R_l)   (flat, per layer)   or   R / (n + gamma)   (AUTO-S)
+                or   R / n with keep also asking n^2 > 1e-24   (AUTO-V)
+                a layer with ghosts (``ghost_sum``): n_l at least 1/100 of their bound, keep also asking |G|^2 < 1e40
+    out [D]   = accumulator + [1, B] @ [B, D] of (where(keep, c_l, 0), where(keep, G, 0)), block by block
 
-Guarantee: adding or removing one row changes ``out`` by at most R in L2, up to float rounding of about 1e-6 R.
-The loss output is dropped: it is private and never released. The weighted sum is written ``[1, B] @ [B, D]`` because
-ONNX Runtime miscompiles ``Xt @ v``.
+Guarantee: adding or removing one row changes ``out`` by at most R = sqrt(sum_l R_l^2) in L2, up to float rounding of
+about 1e-6 R. The loss output is dropped: it is private and never released. The weighted sum is written
+``[1, B] @ [B, D]`` because ONNX Runtime miscompiles ``Xt @ v``.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .clipping import AutomaticClipping
+from .clipping import SMALLEST_SQUARED_NORM, AutomaticClipping, AutoVClipping, Clipping, Layer
 from .errors import CompileRefused
+from .ghost_sum import LARGEST_FACTOR, LEAST_SHARE, Ghost, GhostSum
 from .joint_graph import Input, JointGraph, Role, copy_graph, finish
 
 aten = torch.ops.aten
@@ -34,6 +37,10 @@ def clip(joint: JointGraph) -> JointGraph:
         raise CompileRefused(
             "No clipping was given; use AutomaticClipping(max_grad_norm) or FlatClipping(max_grad_norm)."
         )
+    try:
+        layers = clipping.layers([t.name for t in joint.targets])
+    except ValueError as error:
+        raise CompileRefused(str(error)) from error
     graph, _mapping = copy_graph(joint.module)
     output = graph.output_node()
     gradients: Any = output.args[0][1:]  # type: ignore[index]
@@ -43,31 +50,107 @@ def clip(joint: JointGraph) -> JointGraph:
     with graph.inserting_after(mask):
         accumulator = graph.placeholder("accumulator")
     with graph.inserting_before(output):
-        call = graph.call_function
-        flat = [call(aten.reshape.default, (g, [-1, t.numel])) for g, t in zip(gradients, joint.targets, strict=True)]
-        side: fx.Node = call(aten.cat.default, (flat, 1))
-        if any(t.dtype != joint.flat_dtype for t in joint.targets):
-            side = call(aten._to_copy.default, (side,), {"dtype": joint.flat_dtype})
-        wide = call(aten._to_copy.default, (side,), {"dtype": torch.float64})
-        squared = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (wide, wide)), [1]))
-        present = call(aten.ne.Scalar, (mask, 0))
-        keep = call(aten.logical_and.default, (present, call(aten.lt.Scalar, (squared, LARGEST_SQUARED_NORM))))
-        norm = call(aten.sqrt.default, (squared,))
-        bound = clipping.max_grad_norm
-        if isinstance(clipping, AutomaticClipping):
-            below = call(aten.add.Scalar, (norm, clipping.gamma))
-        else:
-            below = call(aten.clamp_min.default, (norm, bound))
-        factor = call(aten.mul.Scalar, (call(aten.reciprocal.default, (below,)), bound))
-        kept = call(aten.where.ScalarOther, (keep, factor, 0.0))
-        weights = call(aten.unsqueeze.default, (call(aten._to_copy.default, (kept,), {"dtype": joint.flat_dtype}), 0))
-        rows = call(aten.where.ScalarOther, (call(aten.unsqueeze.default, (keep, 1)), side, 0.0))
-        total = call(aten.reshape.default, (call(aten.mm.default, (weights, rows)), [joint.num_trainable]))
-        result = call(aten.add.Tensor, (accumulator, total))
-        output.args = ((result,),)
+        total = _Tail(graph, joint, clipping, layers).build(gradients, mask)
+        output.args = ((graph.call_function(aten.add.Tensor, (accumulator, total)),),)
     inputs = (
         *joint.inputs,
         Input(mask.name, Role.MASK, "sample_mask"),
         Input(accumulator.name, Role.ACCUMULATOR, "accumulator"),
     )
     return dataclasses.replace(joint, module=finish(graph), inputs=inputs)
+
+
+def blocks(layers: tuple[Layer, ...], ghosts: set[int]) -> list[tuple[int, list[int]]]:
+    """Runs of neighbouring trainables of one layer: ``(layer, members)``, which share a matrix of rows; a ghost has none."""
+    home = {member: at for at, layer in enumerate(layers) for member in layer.members}
+    runs: list[tuple[int, list[int]]] = []
+    for member in sorted(home):
+        alone = member in ghosts or (runs and runs[-1][1][-1] in ghosts)
+        if runs and runs[-1][0] == home[member] and not alone:
+            runs[-1][1].append(member)
+        else:
+            runs.append((home[member], [member]))
+    return runs
+
+
+class _Tail:
+    """Writes the closed template of ``template.match_clip``, node for node."""
+
+    def __init__(self, graph: fx.Graph, joint: JointGraph, clipping: Clipping, layers: tuple[Layer, ...]) -> None:
+        self.graph, self.joint, self.clipping, self.layers = graph, joint, clipping, layers
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def sum(self, terms: list[fx.Node]) -> fx.Node:
+        """``sum_k terms_k`` of vectors [B]."""
+        return (
+            terms[0]
+            if len(terms) == 1
+            else self.call(aten.sum.dim_IntList, self.call(aten.stack.default, terms, 1), [1])
+        )
+
+    def build(self, gradients: list[Any], mask: fx.Node) -> fx.Node:
+        ghosts = {i: GhostSum(self.graph, Ghost(*g)) for i, g in enumerate(gradients) if isinstance(g, tuple)}
+        runs = blocks(self.layers, set(ghosts))
+        sides = [ghosts.get(members[0]) or self.side(gradients, members) for _, members in runs]
+        squares: list[list[fx.Node]] = [[] for _ in self.layers]
+        bounds: list[list[fx.Node]] = [[] for _ in self.layers]
+        for (layer, _), side in zip(runs, sides, strict=True):
+            if isinstance(side, GhostSum):
+                squares[layer].append(side.squared)
+                bounds[layer].append(side.bound)
+            else:
+                squares[layer].append(self.squared(side))
+        squared = [self.floored(s, b) for s, b in zip(squares, bounds, strict=True)]
+        keep = self.keep(mask, self.sum(squared), [g.trace for g in ghosts.values() if g.trace is not None])
+        column = self.call(aten.unsqueeze.default, keep, 1)
+        weights = [self.weights(keep, n, layer.bound) for n, layer in zip(squared, self.layers, strict=True)]
+        sums = [
+            side.weighted(column, weights[layer])
+            if isinstance(side, GhostSum)
+            else self.call(aten.mm.default, weights[layer], self.call(aten.where.ScalarOther, column, side, 0.0))
+            for (layer, _), side in zip(runs, sides, strict=True)
+        ]
+        whole = sums[0] if len(sums) == 1 else self.call(aten.cat.default, sums, 1)
+        return self.call(aten.reshape.default, whole, [self.joint.num_trainable])
+
+    def floored(self, squares: list[fx.Node], bounds: list[fx.Node]) -> fx.Node:
+        if not bounds:
+            return self.sum(squares)
+        return self.call(
+            aten.maximum.default, self.sum(squares), self.call(aten.mul.Scalar, self.sum(bounds), LEAST_SHARE)
+        )
+
+    def side(self, gradients: list[Any], members: list[int]) -> fx.Node:
+        """The block's gradients side by side: ``[B, sum_k numel_k]``."""
+        targets = [self.joint.targets[m] for m in members]
+        views = [self.call(aten.reshape.default, gradients[m], [-1, self.joint.targets[m].numel]) for m in members]
+        side = self.call(aten.cat.default, views, 1)
+        if any(t.dtype != self.joint.flat_dtype for t in targets):
+            side = self.call(aten._to_copy.default, side, dtype=self.joint.flat_dtype)
+        return side
+
+    def squared(self, side: fx.Node) -> fx.Node:
+        wide = self.call(aten._to_copy.default, side, dtype=torch.float64)
+        return self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, wide, wide), [1])
+
+    def keep(self, mask: fx.Node, squared: fx.Node, factors: list[fx.Node]) -> fx.Node:
+        sane = self.call(aten.lt.Scalar, squared, LARGEST_SQUARED_NORM)
+        if type(self.clipping) is AutoVClipping:
+            sane = self.call(aten.logical_and.default, sane, self.call(aten.gt.Scalar, squared, SMALLEST_SQUARED_NORM))
+        if factors:
+            below = self.call(aten.lt.Scalar, self.sum(factors), LARGEST_FACTOR)
+            sane = self.call(aten.logical_and.default, sane, below)
+        return self.call(aten.logical_and.default, self.call(aten.ne.Scalar, mask, 0), sane)
+
+    def weights(self, keep: fx.Node, squared: fx.Node, bound: float) -> fx.Node:
+        """``where(keep, c, 0)`` as ``[1, B]``."""
+        below = self.call(aten.sqrt.default, squared)
+        if isinstance(self.clipping, AutomaticClipping):
+            below = self.call(aten.add.Scalar, below, self.clipping.gamma)
+        elif type(self.clipping) is not AutoVClipping:
+            below = self.call(aten.clamp_min.default, below, bound)
+        factor = self.call(aten.mul.Scalar, self.call(aten.reciprocal.default, below), bound)
+        kept = self.call(aten.where.ScalarOther, keep, factor, 0.0)
+        return self.call(aten.unsqueeze.default, self.call(aten._to_copy.default, kept, dtype=self.joint.flat_dtype), 0)

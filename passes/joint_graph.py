@@ -124,13 +124,15 @@ class Source:
     public_tensors: bool = False
     exclude: tuple[str, ...] = ()
     add_bias: bool = False
+    ghost_norms: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class JointGraph:
     """A joint graph whose placeholders are ``inputs`` in order, roles grouped as in :class:`Role`'s order.
 
-    Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal.
+    Before ``clip`` its outputs are ``(loss [B], gradient [B, *shape] per target ...)``, private data, with no seal; after
+    ``ghost`` a large gradient may be a tuple of its factors (``ghost_sum.Ghost``) instead.
     After ``clip`` the one output is the accumulator ``[D]``; after ``add_noise`` it is the private gradient ``[D]``.
     ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy), and the name of
     each of the ``added`` biases to a parameter that the model does not have. ``folded`` names the operators of the user's
@@ -152,6 +154,7 @@ class JointGraph:
     added: tuple[AddedBias, ...] = ()
     folded: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    ghosts: tuple[tuple[str, str], ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -34,7 +34,7 @@ def add_noise(joint: JointGraph) -> JointGraph:
     with graph.inserting_after(last):
         z = graph.placeholder("noise")
     with graph.inserting_before(output):
-        scaled = graph.call_function(aten.mul.Scalar, (z, noise.noise_multiplier * clipping.max_grad_norm))
+        scaled = graph.call_function(aten.mul.Scalar, (z, noise.noise_multiplier * clipping.sensitivity))
         noisy = graph.call_function(aten.add.Tensor, (output.args[0][0], scaled))  # type: ignore[index]
         output.args = ((graph.call_function(aten.div.Scalar, (noisy, noise.expected_batch_size)),),)
     return dataclasses.replace(joint, module=finish(graph), inputs=(*joint.inputs, Input(z.name, Role.NOISE, "noise")))

@@ -11,6 +11,7 @@ from .capture import capture
 from .clip import clip
 from .errors import CompileRefused, DPBitFitError, PassError
 from .facts import PREDICATES
+from .ghost import ghost
 from .joint_graph import Fact, JointGraph, Source, TrailEntry
 from .meaning import check_meaning
 from .noise import add_noise
@@ -34,6 +35,7 @@ CAPTURE = Pass("capture", capture, gives=frozenset({Fact.FUNCTIONAL, Fact.PER_SA
 PIPELINE = (
     Pass("re-fuse", refuse_operators, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
     Pass("check_meaning", check_meaning, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
+    Pass("ghost", ghost, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
     Pass("clip", clip, needs=frozenset({Fact.PER_SAMPLE}), gives=frozenset({Fact.CLIPPED})),
     Pass("seal_partial", seal_partial, needs=frozenset({Fact.CLIPPED}), gives=frozenset({Fact.PARTIAL})),
 )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .embedding_rule import embedding
+
 aten = torch.ops.aten
 
 
@@ -57,4 +59,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten._native_batch_norm_legit_no_training.default: _legit_no_training,
     aten.adaptive_avg_pool1d.default: _adaptive_avg_pool1d,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
+    aten.embedding.default: embedding,
 }

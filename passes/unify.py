@@ -104,6 +104,7 @@ def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], ba
         shape = getattr(x.meta.get("val"), "shape", None)
         if shape is not None:  # at the first of the two sizes: rewrites compare shapes with it
             mapping[x].meta["shape"] = tuple(int(size) for size in shape)
+            mapping[x].meta["dtype"] = x.meta["val"].dtype
     return graph
 
 

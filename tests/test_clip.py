@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from dpbitfit_fx.compile import PrivateStep
 from dpbitfit_fx.compile import compile as compile_step
 from dpbitfit_fx.errors import CompileRefused, SealBroken
-from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping, FlatClipping
+from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 from dpbitfit_fx.passes.errors import DPBitFitError
 
 R, SIGMA, N = 0.5, 1.25, 16.0
-CLIPPINGS = [FlatClipping(R), AutomaticClipping(R), AutomaticClipping(R, gamma=1e-6)]
+LAYERED = PerLayerClipping(layer_norms={"inner": 0.3, "outer": 0.4})
+CLIPPINGS = [
+    FlatClipping(R),
+    AutomaticClipping(R),
+    AutomaticClipping(R, gamma=1e-6),
+    AutoVClipping(R),
+    PerLayerClipping(R),
+    LAYERED,
+]
 
 
 class TwoLayers(nn.Module):
@@ -66,16 +74,26 @@ def oracle(step: PrivateStep, batch: Any, mask: list[float], clipping: Clipping)
     gradients = step.per_sample_gradients(batch)
     total, norms = [0.0] * step.num_trainable, 0.0
     for row in range(len(mask)):
-        values = [v for name in step.trainable_names for v in gradients[name][row].double().flatten().tolist()]
-        norm = math.sqrt(math.fsum(v * v for v in values))
-        if mask[row] == 0 or not math.isfinite(norm) or norm >= 1e30:
+        pieces = {n: gradients[n][row].double().flatten().tolist() for n in step.trainable_names}
+        size = math.sqrt(math.fsum(v * v for values in pieces.values() for v in values))
+        if mask[row] == 0 or not math.isfinite(size) or size >= 1e30:
             continue
-        if isinstance(clipping, AutomaticClipping):
-            factor = clipping.max_grad_norm / (norm + clipping.gamma)
-        else:
-            factor = min(1.0, clipping.max_grad_norm / norm) if norm else 1.0
-        total = [t + factor * v for t, v in zip(total, values, strict=True)]
-        norms += factor * norm
+        factors = {}
+        for name in pieces:
+            bound, alike = clipping.max_grad_norm, list(pieces)
+            if isinstance(clipping, PerLayerClipping):
+                layer = name.split(".")[0]
+                bound, alike = dict(clipping.layer_norms or {}).get(layer, R / 2**0.5), [f"{layer}.bias"]
+            norm = math.sqrt(math.fsum(v * v for other in alike for v in pieces[other]))
+            if isinstance(clipping, AutomaticClipping):
+                factors[name] = bound / (norm + clipping.gamma)
+            elif isinstance(clipping, AutoVClipping):
+                factors[name] = bound / norm if norm > 1e-12 else 0.0
+            else:
+                factors[name] = min(1.0, bound / norm) if norm else 1.0
+        clipped = [factors[name] * v for name, values in pieces.items() for v in values]
+        total = [t + v for t, v in zip(total, clipped, strict=True)]
+        norms += math.sqrt(math.fsum(v * v for v in clipped))
     return total, norms
 
 
@@ -98,7 +116,7 @@ def test_the_clipped_sum_is_that_of_a_python_loop_in_float64_at_every_gradient_s
     assert ours.norm().item() <= R * sum(mask) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("clipping", [FlatClipping(R), AutomaticClipping(R)], ids=repr)
+@pytest.mark.parametrize("clipping", [FlatClipping(R), AutomaticClipping(R), AutoVClipping(R), LAYERED], ids=repr)
 def test_a_float64_model_is_clipped_in_float64(clipping: Clipping) -> None:
     step = make(clipping, torch.float64)
     batch = points(5, 1, torch.float64)
@@ -174,7 +192,9 @@ def test_accumulating_adds_up_over_every_split_of_a_batch(
 
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
 @settings(max_examples=40)
-@given(scales=st.lists(st.floats(-20, 20), min_size=2, max_size=12), seed=st.integers(0, 99), left_out=st.integers(0, 11))
+@given(
+    scales=st.lists(st.floats(-20, 20), min_size=2, max_size=12), seed=st.integers(0, 99), left_out=st.integers(0, 11)
+)
 def test_leaving_one_record_out_moves_the_sum_by_at_most_r(
     steps: dict[Clipping, PrivateStep], clipping: Clipping, scales: list[float], seed: int, left_out: int
 ) -> None:
@@ -197,11 +217,15 @@ def test_replacing_one_record_moves_the_sum_by_at_most_two_r_and_can_come_close(
 
 
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
-def test_privatize_is_the_accumulator_plus_sigma_r_z_over_n(steps: dict[Clipping, PrivateStep], clipping: Clipping) -> None:
+def test_privatize_is_the_accumulator_plus_sigma_r_z_over_n(
+    steps: dict[Clipping, PrivateStep], clipping: Clipping
+) -> None:
     step = steps[clipping].with_noise(SIGMA, N)
     accumulator, z = flat(step, points(5)), torch.randn(step.num_trainable)
     by_hand = [(a + SIGMA * R * n) / N for a, n in zip(accumulator.tolist(), z.tolist(), strict=True)]
-    assert torch.allclose(step.privatize(accumulator, z).double(), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6)
+    assert torch.allclose(
+        step.privatize(accumulator, z).double(), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6
+    )
     assert torch.equal(step.privatize(accumulator, torch.zeros_like(z)), accumulator / N)
     quiet = step.privatize(step.zero_accumulator(), z)
     assert torch.equal(quiet, z * (SIGMA * R) / N), "an empty batch takes a full noisy step"
@@ -244,14 +268,70 @@ def test_shapes_that_would_broadcast_are_refused(steps: dict[Clipping, PrivateSt
             step.accumulate(points(3), mask, zero)
 
 
+def test_auto_v_gives_every_gradient_the_length_r_and_a_gradient_of_zero_none(
+    steps: dict[Clipping, PrivateStep],
+) -> None:
+    step, batch = steps[AutoVClipping(R)], points(1)
+    for weight in (1e-9, 1.0, 1e15):
+        batch["weight"] = torch.tensor([weight])
+        assert flat(step, batch).norm().item() == pytest.approx(R, rel=1e-6)
+    batch["weight"] = torch.zeros(1)
+    assert torch.equal(flat(step, batch), step.zero_accumulator())
+
+
+def test_each_layer_is_bounded_on_its_own_and_all_together_by_the_root_of_their_squares() -> None:
+    step, batch = make(LAYERED), points(1)
+    batch["weight"] = torch.tensor([1e6])
+    sums = step.unflatten(flat(step, batch))
+    assert sums["inner.bias"].norm().item() == pytest.approx(0.3, rel=1e-6)
+    assert sums["outer.bias"].norm().item() == pytest.approx(0.4, rel=1e-6)
+    assert LAYERED.sensitivity == LAYERED.max_grad_norm == step.max_grad_norm == pytest.approx(0.5)
+
+
+def test_a_layer_is_a_module_and_may_be_one_parameter() -> None:
+    torch.manual_seed(0)
+    norms = {"inner": 0.3, "outer.weight": 0.4, "outer": 1.2}
+    step = compile_step(
+        TwoLayers(torch.float32),
+        weighted_loss,
+        points(3),
+        trainable=["*"],
+        clipping=PerLayerClipping(layer_norms=norms),
+    )
+    batch = points(1)
+    batch["weight"] = torch.tensor([1e6])
+    sums = step.unflatten(flat(step, batch))
+    inner = torch.cat([sums[n].flatten() for n in ("inner.weight", "inner.bias")])
+    found = [inner.norm().item(), sums["outer.weight"].norm().item(), sums["outer.bias"].norm().item()]
+    assert found == pytest.approx([0.3, 0.4, 1.2], rel=1e-6) and step.max_grad_norm == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
+    ("norms", "why"),
+    [
+        ({"inner": 0.3}, r"no bound for the layers \['outer'\]"),
+        ({"inner": 0.3, "outer": 0.3, "nowhere": 1.0}, r"\['nowhere'\], which hold no trainable"),
+    ],
+)
+def test_layers_without_a_bound_and_bounds_without_a_layer_are_refused(norms: dict[str, float], why: str) -> None:
+    with pytest.raises(CompileRefused, match=why):
+        make(PerLayerClipping(layer_norms=norms))
+
+
+@pytest.mark.parametrize("norms", [{}, {"inner": 0.0}, {"inner": float("nan")}, {"inner": True}])
+def test_bounds_per_layer_that_bound_nothing_are_refused(norms: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="layer_norms"):
+        PerLayerClipping(layer_norms=norms)
+
+
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), True, 1e7, "1"])
 def test_a_bound_that_bounds_nothing_is_refused(bound: Any) -> None:
-    for kind in (FlatClipping, AutomaticClipping):
+    for kind in (FlatClipping, AutomaticClipping, AutoVClipping, PerLayerClipping):
         with pytest.raises(ValueError, match="max_grad_norm"):
             kind(bound)
 
 
-@pytest.mark.parametrize("gamma", [0.0, -0.01, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("gamma", [0.0, 1e-300, -0.01, float("nan"), float("inf"), True])
 def test_a_gamma_that_divides_by_nothing_is_refused(gamma: Any) -> None:
     with pytest.raises(ValueError, match="gamma"):
         AutomaticClipping(1.0, gamma=gamma)

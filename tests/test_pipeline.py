@@ -22,7 +22,7 @@ from dpbitfit_fx.passes.pipeline import CAPTURE, PIPELINE, RELEASE, Pass, run
 
 aten = torch.ops.aten
 BATCH = (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1]))
-ORDER = ["capture", "re-fuse", "check_meaning", "clip", "seal_partial", "add_noise", "seal"]
+ORDER = ["capture", "re-fuse", "check_meaning", "ghost", "clip", "seal_partial", "add_noise", "seal"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_pass_whose_needs_are_missing_does_not_run(stages: dict[str, JointGrap
 def test_a_rewrite_cannot_run_before_capture() -> None:
     source = Source(mlp(), mlp_loss, BATCH)
     with pytest.raises(PassError, match=r"Pass clip needs \['per_sample'\]; what ran before: \[\]"):
-        run((PIPELINE[2],), source)
+        run((PIPELINE[3],), source)
 
 
 BREAKERS: list[tuple[str, str, Any]] = [
@@ -174,7 +174,7 @@ def test_an_innocent_pass_after_a_guilty_one_is_not_blamed(captured: JointGraph)
     idle = Pass("idle", lambda joint: joint)
     guilty = rewrite("improve", wrap_output(aten.mul.Scalar, 2.0))
     with pytest.raises(PassError, match=r"Pass improve broke .*what ran before: .*'clip', 'idle'\]"):
-        run((PIPELINE[2], idle, guilty, PIPELINE[3]), captured)
+        run((PIPELINE[3], idle, guilty, PIPELINE[4]), captured)
 
 
 def test_a_pass_that_claims_a_fact_it_did_not_establish_is_refused(captured: JointGraph) -> None:

@@ -74,7 +74,7 @@ def test_facts_passes_and_operators_are_those_of_the_sealed_graph(step: PrivateS
     report = step.report()
     assert set(report.facts) == {f.value for f in Fact}
     order = [name for name, *_ in report.passes]
-    assert order == ["capture", "re-fuse", "check_meaning", "clip", "seal_partial", "add_noise", "seal"]
+    assert order == ["capture", "re-fuse", "check_meaning", "ghost", "clip", "seal_partial", "add_noise", "seal"]
     calls = [n for n in step.joint.module.graph.nodes if n.op == "call_function"]
     assert sum(report.operators.values()) == len(calls)
     assert report.operators["aten.div.Scalar"] >= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from dpbitfit_fx.compile import PrivateStep, check_rows
 from dpbitfit_fx.compile import compile as compile_step
 from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import facts
-from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping, FlatClipping
+from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 from dpbitfit_fx.passes.errors import SealBroken
 from dpbitfit_fx.passes.joint_graph import Input, JointGraph, Noise, Role, copy_graph
 from dpbitfit_fx.passes.seal import check_update, seal, seal_partial, split
@@ -47,11 +48,26 @@ CASES = {
     "mlp-automatic": ("mlp", AutomaticClipping(R)),
     "text-flat": ("text", FlatClipping(R)),
 }
+VARIANTS = {
+    "mlp-auto-v": ("mlp", AutoVClipping(R)),
+    "mlp-per-layer": ("mlp", PerLayerClipping(R)),
+    "text-per-layer": ("text", PerLayerClipping(layer_norms={"mix": 0.3, "head": 0.4})),
+}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def step(request: pytest.FixtureRequest) -> PrivateStep:
     return compiled(*CASES[request.param])
+
+
+@functools.cache
+def compiled_once(case: str) -> PrivateStep:
+    return compiled(*VARIANTS[case])
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def variant(request: pytest.FixtureRequest) -> PrivateStep:
+    return compiled_once(request.param)
 
 
 class Parts:
@@ -70,7 +86,9 @@ class Parts:
         self.z = self.up(self.scaled)
         self.result = self.up(self.noisy)
         self.accumulator, self.total = self.result.all_input_nodes
-        self.product = self.up(self.total)
+        whole = self.up(self.total)
+        self.products = whole.all_input_nodes if whole.target is aten.cat.default else [whole]
+        self.product = self.products[0]
         self.weights, self.rows = self.product.all_input_nodes
         self.column, self.side = self.rows.all_input_nodes
         self.narrow = self.up(self.weights)
@@ -78,13 +96,13 @@ class Parts:
         self.keep, self.factor = self.kept.all_input_nodes
         self.present, self.finite = self.keep.all_input_nodes
         self.mask = self.up(self.present)
-        self.squared = self.up(self.finite)
         self.reciprocal = self.up(self.factor)
         self.below = self.up(self.reciprocal)
-        self.norm = self.up(self.below)
+        self.norm = self.below if self.below.target is aten.sqrt.default else self.up(self.below)
+        self.squared = self.up(self.norm)
         self.square = self.up(self.squared)
         self.wide = self.up(self.square)
-        self.pieces = self.side.all_input_nodes
+        self.pieces = [view for product in self.products for view in self.up(product, 1, 1).all_input_nodes]
         self.gradients = [self.up(p) for p in self.pieces]
         self.batch = [self.named[i.name] for i in joint.with_role(Role.BATCH)]
         self.trainables = [self.named[i.name] for i in joint.with_role(Role.TRAINABLE)]
@@ -567,7 +585,7 @@ def no_clipping_declared(p: Parts) -> None:
     p.changes["clipping"] = None
 
 
-@sabotage("noise scale sigma . R")
+@sabotage("Boastful has no template")
 def a_clipping_that_understates_its_sensitivity(p: Parts) -> None:
     @dataclasses.dataclass(frozen=True)
     class Boastful(AutomaticClipping):
@@ -576,6 +594,102 @@ def a_clipping_that_understates_its_sensitivity(p: Parts) -> None:
             return self.max_grad_norm / 10
 
     p.changes["clipping"] = Boastful(R)
+
+
+# --- the tails of AUTO-V and of clipping per layer
+
+BROKEN_VARIANTS: dict[str, tuple[str, Sabotage, str]] = {}
+
+
+def sabotage_of(case: str, reason: str) -> Callable[[Sabotage], Sabotage]:
+    def register(break_it: Sabotage) -> Sabotage:
+        BROKEN_VARIANTS[break_it.__name__] = (case, break_it, reason)
+        return break_it
+
+    return register
+
+
+@sabotage_of("mlp-auto-v", "finite norms: expected aten.logical_and.default, found aten.lt.Scalar")
+def norms_of_zero_let_through(p: Parts) -> None:
+    p.put(p.keep, 1, p.up(p.finite))
+
+
+@sabotage_of("mlp-auto-v", "norms above zero: found 0.0")
+def norms_let_through_that_overflow_the_factor(p: Parts) -> None:
+    p.put(p.up(p.finite, 1), 1, 0.0)
+
+
+@sabotage_of("mlp-auto-v", "the two tests of the norm use different norms")
+def another_norm_in_the_test_above_zero(p: Parts) -> None:
+    above = p.up(p.finite, 1)
+    p.put(above, 0, p.before(above, aten.mul.Scalar, p.squared, 4.0))
+
+
+@sabotage_of("mlp-auto-v", "norm: expected aten.sqrt.default, found aten.clamp_min.default")
+def a_norm_that_is_cut_from_above(p: Parts) -> None:
+    p.put(p.reciprocal, 0, p.before(p.reciprocal, aten.clamp_min.default, p.norm, 1e-3))
+
+
+@sabotage_of("mlp-per-layer", "two layers share one weight")
+def one_layer_weighted_by_the_other(p: Parts) -> None:
+    p.put(p.products[1], 0, p.weights)
+
+
+@sabotage_of("mlp-per-layer", "non-finite rows: where.* is used 2 times")
+def a_layer_summed_twice_and_the_other_never(p: Parts) -> None:
+    p.put(p.products[1], 1, p.rows)
+
+
+@sabotage_of("mlp-per-layer", "finite test and the factor use different norms|is used 3 times")
+def the_norm_of_one_layer_in_the_factor_of_the_other(p: Parts) -> None:
+    other = p.up(p.products[1], 0, 0, 0, 1, 0, 0, 0)
+    assert other.target is aten.sqrt.default
+    p.put(other, 0, p.squared)
+
+
+@sabotage_of("text-per-layer", "clip factor R: found 0.4, expected the public constant 0.3")
+def the_bounds_of_two_layers_exchanged(p: Parts) -> None:
+    p.put(p.factor, 1, 0.4)
+
+
+@sabotage_of("text-per-layer", "norm: 1 terms were added up, expected 2")
+def a_layer_left_out_of_the_finite_test(p: Parts) -> None:
+    stack = p.up(p.finite, 0, 0)
+    assert stack.target is aten.stack.default
+    p.put(stack, 0, [p.squared])
+
+
+@sabotage_of("text-per-layer", "noise scale sigma . R")
+def the_noise_of_one_layer_only(p: Parts) -> None:
+    p.put(p.scaled, 1, SIGMA * 0.4)
+
+
+@sabotage_of("text-per-layer", "clip factor: expected aten.clamp_min.default, found aten.add.Scalar|clip factor R")
+def the_layers_clipped_by_another_rule_than_declared(p: Parts) -> None:
+    p.put(p.reciprocal, 0, p.before(p.reciprocal, aten.add.Scalar, p.norm, 0.01))
+
+
+@sabotage_of("text-per-layer", "do not make up the sensitivity|noise scale")
+def a_total_that_is_less_than_its_layers(p: Parts) -> None:
+    clipping = PerLayerClipping(layer_norms={"mix": 0.3, "head": 0.4})
+    object.__setattr__(clipping, "max_grad_norm", 0.4)
+    p.changes["clipping"] = clipping
+    p.put(p.scaled, 1, SIGMA * 0.4)
+
+
+@sabotage_of("mlp-per-layer", "weighted sum: found 0, expected the public constant 1|weighted sum")
+def the_sums_of_the_layers_stacked(p: Parts) -> None:
+    p.put(p.up(p.total), 1, 0)
+
+
+@pytest.mark.parametrize("kind", BROKEN_VARIANTS)
+def test_a_sabotaged_variant_is_refused_for_its_own_reason(kind: str) -> None:
+    case, break_it, reason = BROKEN_VARIANTS[kind]
+    joint = compiled_once(case).joint
+    broken = sabotaged(joint, break_it)
+    assert differs(broken, joint)
+    with pytest.raises(SealBroken, match=reason):
+        seal(broken)
 
 
 def sabotaged(joint: JointGraph, break_it: Sabotage) -> JointGraph:
@@ -682,6 +796,18 @@ def test_no_single_change_anywhere_in_the_tail_passes(step: PrivateStep) -> None
             continue
         survivors.append(what)
     assert survivors == [] and count > 500
+
+
+def test_no_single_change_in_the_tail_of_a_variant_passes(variant: PrivateStep) -> None:
+    seal(Parts(variant.joint).done())
+    survivors = []
+    for what, broken in every_mutation(variant.joint):
+        try:
+            facts.sealed(broken)
+        except SealBroken:
+            continue
+        survivors.append(what)
+    assert survivors == []
 
 
 # --- the two halves

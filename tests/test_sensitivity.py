@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dpbitfit_fx.batching import PhysicalBatches
 from dpbitfit_fx.fit import Engine, build_engine
-from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping, FlatClipping
+from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
 
 R = 0.5
-CLIPPINGS = [FlatClipping(R), AutomaticClipping(R)]
+CLIPPINGS = [FlatClipping(R), AutomaticClipping(R), AutoVClipping(R), PerLayerClipping(R)]
 BUCKETS = (4, 8, 12)
 PAIRS = 1000  # per clipping and kind of model: 2,000 pairs for each clipping, and more below
 
