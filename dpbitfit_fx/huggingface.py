@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from dpbitfit_fx.data import TokenizedText
-from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError
+from dpbitfit_fx.errors import ArtifactError, DPBitFitError
 from dpbitfit_fx.files import read_text
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "logits_of",
     "made_up_batch",
     "mean_pool",
-    "start_head",
     "text_loss",
 ]
 
@@ -41,8 +40,7 @@ def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tenso
 class MeanPooledClassifier(nn.Module):
     """A bare encoder, masked mean pooling and a new linear head whose weight and bias start at zero.
 
-    Zero keeps the start of training free of random directions, and public: it can be rebuilt from nothing. But it passes
-    no gradient on to the encoder's biases until it has grown: :func:`start_head` gives it a direction of its own.
+    Zero keeps the start of training free of random directions, and public: it can be rebuilt from nothing.
     """
 
     def __init__(self, encoder: nn.Module, hidden_size: int, num_labels: int) -> None:
@@ -60,39 +58,6 @@ class MeanPooledClassifier(nn.Module):
         """Logits ``[B, num_labels]``."""
         logits: torch.Tensor = self.head(self.features(input_ids, attention_mask))
         return logits
-
-
-@torch.no_grad()
-def start_head(
-    model: MeanPooledClassifier, tokenizer: Any, descriptions: Sequence[Sequence[str]], margin_norm: float = 4.0
-) -> None:
-    """Points the new head at what the frozen encoder makes of each label's description, in place.
-
-    With e_k [H] the mean feature of label k's descriptions and m their mean over labels, ``w_k = s (e_k - m)`` and
-    ``b_k = -w_k . m``; s makes the largest ``|w_j - w_k|`` equal ``margin_norm``. Public: no record enters.
-
-    Raises:
-        DataError: not one list of texts per label, an empty one, or labels whose descriptions say the same.
-    """
-    if len(descriptions) != model.head.out_features or not all(descriptions) or isinstance(descriptions[0], str):
-        raise DataError(
-            f"Give at least one description, a list of texts, for each of the {model.head.out_features} labels."
-        )
-    device = model.head.weight.device
-    means = []
-    for texts in descriptions:
-        encoded = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True).to(device)
-        means.append(model.features(encoded["input_ids"], encoded["attention_mask"]).mean(0))
-    centres = torch.stack(means)
-    middle = centres.mean(0)
-    widest = torch.cdist(centres, centres).max()
-    if not bool(widest > 1e-6):
-        raise DataError(
-            "The descriptions of all labels mean the same to this encoder: the head cannot start from them."
-        )
-    weight = (centres - middle) * (margin_norm / widest)
-    model.head.weight.copy_(weight)
-    model.head.bias.copy_(-weight @ middle)
 
 
 def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
