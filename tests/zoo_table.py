@@ -114,6 +114,7 @@ def _largest(errors: torch.Tensor) -> float:
 
 def _child(case: Case, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints whole graphs where a capture fails
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -130,7 +131,7 @@ def _child(case: Case, pipe: Any) -> None:
 def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) -> list[Row]:
     """Each case in a forked process of its own, ``jobs`` at a time: a crash or a hang stops no other.
 
-    Ctrl-C ends the run early and keeps what is done.
+    Ctrl-C (or SIGTERM) ends the run early and keeps what is done.
     """
     context = multiprocessing.get_context("fork")
     waiting = list(cases)
@@ -234,6 +235,8 @@ def main(description: str | None, docs: Path) -> int:
     if unknown := [n for n in options.names if not fnmatch.filter(every, n)]:
         parser.error(f"no architecture is called {', '.join(unknown)}; there are {', '.join(every)}")
     chosen = [c for n, c in every.items() if not options.names or any(fnmatch.fnmatch(n, p) for p in options.names)]
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the first
+        signal.signal(number, signal.default_int_handler)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     begin = time.perf_counter()
