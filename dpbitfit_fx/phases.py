@@ -118,7 +118,7 @@ class PhaseRecord:
     each clipped sum has standard deviation noise_multiplier * max_grad_norm. graph_hash: SHA-256 of the sealed graph.
     """
 
-    trainable: str | tuple[str, ...]
+    trainable: str | Sequence[str]
     num_trainable: int
     planned_steps: int
     steps: int
@@ -132,7 +132,7 @@ class PhaseRecord:
     graph_hash: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.trainable, str):  # JSON gives a list
+        if not isinstance(self.trainable, str):  # JSON gives a list, which would equal no tuple
             object.__setattr__(self, "trainable", tuple(self.trainable))
 
     def to_dict(self) -> dict[str, Any]:
