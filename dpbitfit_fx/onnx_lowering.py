@@ -289,6 +289,16 @@ def _reshape(_: _Interpreter, x: Tensor, size: Sequence[int]) -> Tensor:
     return x.reshape(list(size))
 
 
+def _embedding_dense_backward(
+    run: _Interpreter, grad_out: Tensor, index: Tensor, count: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    if padding_idx >= 0 or scale_grad_by_freq:
+        raise ExportError(f"The private graph scales or drops rows of an embedding's gradient (node {run.current}).")
+    rows = grad_out.reshape(-1, grad_out.shape[-1])
+    where = index.reshape(-1, 1).expand(-1, rows.shape[-1])
+    return rows.new_zeros(count, rows.shape[-1]).scatter_add(0, where, rows)
+
+
 def _silu_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
     gate = torch.sigmoid(x)
     return grad_out * gate * (1 + x * (1 - gate))
@@ -302,6 +312,7 @@ def _mish_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     aten.silu_backward.default: _silu_backward,
     aten.mish_backward.default: _mish_backward,
+    aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash,

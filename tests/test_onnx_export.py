@@ -155,6 +155,7 @@ def test_lowered_backward_passes_equal_their_kernels() -> None:
         (aten.silu_backward.default, r(4, 5), r(4, 5)),
         (aten.mish_backward.default, r(4, 5), r(4, 5)),
         (aten.unfold_backward.default, r(2, 4, 3), [2, 9], 1, 3, 2),
+        (aten.embedding_dense_backward.default, r(2, 4, 3), torch.tensor([[0, 1, 1, 5], [5, 2, 0, 1]]), 6, -1, False),
     ]
     only_input = [True, False, False]
     for stride, padding, dilation, groups in (([2, 1], [1, 2], [1, 2], 1), ([2, 2], [0, 1], [2, 1], 2)):

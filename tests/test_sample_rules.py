@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad_and_value, vmap
 
-from dpbitfit_fx.passes import recurrent_rules, sample_rules
+from dpbitfit_fx.passes import embedding_rule, recurrent_rules, sample_rules
 from dpbitfit_fx.passes.attention_rule import attention
 
 aten = torch.ops.aten
@@ -39,7 +39,9 @@ def agree(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: T
 
 
 @settings(max_examples=8)
-@given(n=st.integers(2, 3), c=st.integers(1, 5), space=st.sampled_from([(), (4,), (3, 2), (2, 3, 2)]), affine=st.booleans())
+@given(
+    n=st.integers(2, 3), c=st.integers(1, 5), space=st.sampled_from([(), (4,), (3, 2), (2, 3, 2)]), affine=st.booleans()
+)
 def test_eval_batch_norm_equals_torchs(n: int, c: int, space: tuple[int, ...], affine: bool) -> None:
     mean, var = torch.randn(c, dtype=D), torch.rand(c, dtype=D) + 0.5
     x, w, b = torch.randn(n, c, *space, dtype=D), torch.randn(c, dtype=D), torch.randn(c, dtype=D)
@@ -124,7 +126,11 @@ def test_folded_attention_equals_torchs_for_every_mask(kind: str, windows: int) 
     mask = MASKS[kind](b, n, h, t, s)
     if mask is not None and mask.dtype == torch.bool:
         mask[..., 0] = True  # a row with nothing to attend to has no value
-    q, k, v = torch.randn(b, n, h, t, 4, dtype=D), torch.randn(b, n, h, s, 4, dtype=D), torch.randn(b, n, h, s, 4, dtype=D)
+    q, k, v = (
+        torch.randn(b, n, h, t, 4, dtype=D),
+        torch.randn(b, n, h, s, 4, dtype=D),
+        torch.randn(b, n, h, s, 4, dtype=D),
+    )
 
     def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dims = (0, 0, 0, None if mask is None else 0)
@@ -139,7 +145,9 @@ def test_folded_attention_equals_torchs_for_every_mask(kind: str, windows: int) 
 
 @settings(max_examples=8)
 @given(t=st.integers(1, 5), causal=st.booleans(), groups=st.sampled_from([1, 2]), scale=st.sampled_from([None, 0.3]))
-def test_folded_attention_equals_torchs_causal_grouped_and_scaled(t: int, causal: bool, groups: int, scale: float | None) -> None:
+def test_folded_attention_equals_torchs_causal_grouped_and_scaled(
+    t: int, causal: bool, groups: int, scale: float | None
+) -> None:
     q, k, v = (torch.randn(3, 2, h, t, 4, dtype=D) for h in (4, 4 // groups, 4 // groups))
     gqa = groups > 1
 
@@ -180,3 +188,39 @@ def test_a_mask_that_is_trained_gets_its_gradient() -> None:
         return torch.stack([F.scaled_dot_product_attention(x, x, x, m) for x in q])
 
     agree(folded, loop, q, mask)
+
+
+@settings(max_examples=8)
+@given(rows=st.integers(2, 6), shape=st.sampled_from([(4,), (1, 5), (2, 3)]), padding=st.sampled_from([-1, 0, 1]))
+def test_an_embedding_equals_torchs_and_its_padding_row_gets_no_gradient(
+    rows: int, shape: tuple[int, ...], padding: int
+) -> None:
+    weight, index = torch.randn(rows, 3, dtype=D), torch.randint(0, rows, shape)
+    agree(
+        lambda w: embedding_rule.embedding(w, index, padding),
+        lambda w: F.embedding(index, w, padding_idx=padding if padding >= 0 else None),
+        weight,
+    )
+
+
+@pytest.mark.parametrize("batched", ["index", "weight", "both", "neither"])
+@pytest.mark.parametrize("padding", [-1, 2])
+def test_an_embedding_under_vmap_equals_the_loop_over_samples(batched: str, padding: int) -> None:
+    """Tables and indices of each sample's own, or shared: position tables are looked up by the same index for all."""
+    generator = torch.Generator().manual_seed(0)
+    own_w, own_i = batched in ("weight", "both"), batched in ("index", "both")
+    weight = torch.randn(*([4] if own_w else []), 5, 3, generator=generator, dtype=D)
+    index = torch.randint(0, 5, (*([4] if own_i else []), 2, 6), generator=generator)
+    scale = torch.randn(4, 2, 6, 3, generator=generator, dtype=D)
+
+    def loss(w: Tensor, i: Tensor, s: Tensor) -> Tensor:
+        return (embedding_rule.embedding(w, i, padding) * s).square().sum()
+
+    dims = (0 if own_w else None, 0 if own_i else None, 0)
+    both = vmap(grad_and_value(loss), in_dims=dims)(weight, index, scale)
+    for row in range(4):
+        w, i = (weight[row] if own_w else weight).clone().requires_grad_(), index[row] if own_i else index
+        value = (F.embedding(i, w, padding_idx=padding if padding >= 0 else None) * scale[row]).square().sum()
+        (gradient,) = torch.autograd.grad(value, w)
+        same(both[0][row], gradient)
+        same(both[1][row], value.detach())
