@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .onnx_export import export_onnx
     from .ort_export import export_ort_training
     from .phases import Phase
+    from .rules import sample_rule
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOMES = {
     "export_ort_training": "ort_export",
     "fit": "fit",
     "load_biases": "biases",
+    "sample_rule": "rules",
     "save_biases": "biases",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "export_ort_training",
     "fit",
     "load_biases",
+    "sample_rule",
     "save_biases",
 ]
 

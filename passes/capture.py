@@ -10,7 +10,6 @@ samples' values, the batch size or the row's position.
 from __future__ import annotations
 
 import dataclasses
-import traceback
 import warnings
 from typing import Any
 
@@ -19,15 +18,17 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functionalize, grad_and_value, vmap
 
-from . import added_biases, closures, recurrent_rules, routing_rules, sample_rules, trainables
-from .attention_rule import attention
+from . import added_biases, closures, recurrent_rules, sample_rules, trainables, user_rules
 from .checks import data_dependent_origin, drop_checks
 from .errors import CompileRefused
+from .explain import advice, first_line, unbatched, user_line
+from .exportable import Exportable
 from .joint_graph import Input, JointGraph, Role, Source, finish
 from .model_state import dropout_off, refuse_train_mode_batchnorm, untouched
+from .one_sample import ATTENTION, OneSample, masks_that_need_gradients, rule_for
 from .torch_private import (
-    argument_names,
     is_random,
+    keep_lines_of,
     keep_node_meta,
     leaf_names,
     schema_is_mutable,
@@ -35,12 +36,10 @@ from .torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from .unify import LIBRARIES, VIEWS, unify, where
+from .unify import unify, where
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
 SIZES = (11, 13)
-RULES = {**sample_rules.RULES, **recurrent_rules.RULES, **routing_rules.RULES}
 
 
 class _Whole(nn.Module):
@@ -54,44 +53,8 @@ class _Whole(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         rest = iter(tensors)
         leaves = [self._constants[i] if i in self._constants else next(rest) for i in range(self._count)]
-        return self._loss_fn(self.model, tree_unflatten(leaves, self._spec))
-
-
-def _rule(target: Any) -> Any:
-    return RULES.get(target) or routing_rules.BY_NAME.get(str(target))
-
-
-class _OneSample(fx.Interpreter):
-    """Runs the exported one-sample graph under vmap, with attention that knows how to be folded."""
-
-    trainable_masks: set[fx.Node]
-    current: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        return super().run_node(n)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is ATTENTION:
-            assert self.current is not None
-            names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            return attention(
-                given["query"],
-                given["key"],
-                given["value"],
-                given.get("attn_mask"),
-                given.get("dropout_p", 0.0),
-                given.get("is_causal", False),
-                scale=given.get("scale"),
-                enable_gqa=given.get("enable_gqa", False),
-                mask_is_trainable=self.current in self.trainable_masks,
-            )
-        if (
-            target in VIEWS
-        ):  # the program is functional, and vmap's strides need not allow the view that one sample's do
-            return args[0].reshape(args[1])
-        return (_rule(target) or target)(*args, **kwargs)
+        with Exportable():
+            return self._loss_fn(self.model, tree_unflatten(leaves, self._spec))
 
 
 def split_batch(batch: Any) -> tuple[list[torch.Tensor], dict[int, Any], Any, list[str], int]:
@@ -123,22 +86,29 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
     if size < 2:
         raise CompileRefused("example_batch needs at least 2 samples, made up or public, so that mixing can be seen.")
     whole = _Whole(source, spec, constants, len(tensors) + len(constants))
+    keep_lines_of(source.loss_fn)
     one = tuple(x[:1].detach().clone() for x in tensors)
     with untouched(source.model), dropout_off(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(whole, one, strict=False)
-            program: torch.export.ExportedProgram = exported.run_decompositions({})
+            program: torch.export.ExportedProgram = exported.run_decompositions(_decompositions())
         except CompileRefused:
             raise
         except Exception as error:
+            place = user_line(error)
             raise CompileRefused(
-                f"{type(source.model).__name__} could not be captured on one sample: {_first_line(error)}.{_user_line(error)} "
+                f"{type(source.model).__name__} could not be captured on one sample: {first_line(error)}.{place} "
                 "Values that steer Python (.item(), `if tensor:`, data-dependent sizes) have no graph; take the branch "
-                "out of the model's forward or choose the model's own switch that avoids it."
+                f"out of the model's forward or choose the model's own switch that avoids it.{advice(error, place)}"
             ) from error
     _refuse_mutation(program)
     return program
+
+
+def _decompositions() -> dict[Any, Any]:
+    table = torch.export.default_decompositions()
+    return {op: table[op] for op in sample_rules.DECOMPOSED if op in table}
 
 
 def capture(source: Source) -> JointGraph:
@@ -147,7 +117,7 @@ def capture(source: Source) -> JointGraph:
     if not source.public_tensors:
         closures.refuse_private_tensors(source.loss_fn, source.model)
     program = export_one(source)
-    tensors, _, spec, names, _ = split_batch(source.example_batch)
+    tensors, _, spec, names, size = split_batch(source.example_batch)
     module = program.graph_module
     dropped = drop_checks(module)
     specs = program.graph_signature.input_specs
@@ -183,9 +153,17 @@ def capture(source: Source) -> JointGraph:
     targets += [b.name for b in added]
     state.update(added_biases.zeros(added, source.model))
     frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
-    interpreter = _OneSample(module)
-    interpreter.trainable_masks = _masks_that_need_gradients(
+    interpreter = OneSample(module)
+    interpreter.trainable_masks = masks_that_need_gradients(
         module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE]
+    )
+
+    feeding = list(zip(targets, roles, strict=True))
+    user_rules.check(
+        module,
+        [n for n, r in zip(placeholders, roles, strict=True) if r is Role.BATCH],
+        [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE],
+        [_one_row(feeding, state, [x[i : i + 1] for x in tensors]) for i in range(min(3, size))],
     )
 
     def loss_of_one(trained: list[Any], fixed: list[Any], *sample: Any) -> Any:
@@ -207,8 +185,8 @@ def capture(source: Source) -> JointGraph:
     trained = [state[n].detach() for n in chosen]
     fixed = [state[n].detach() for n in frozen]
     graphs = []
-    for size in SIZES:
-        batch = [x[:1].detach().expand(size, *x.shape[1:]).contiguous() for x in tensors]
+    for count in SIZES:
+        batch = [x[:1].detach().expand(count, *x.shape[1:]).contiguous() for x in tensors]
         graphs.append(_trace(joint, interpreter, trained, fixed, batch))
     graph = unify(graphs[0], graphs[1], SIZES, len(chosen) + len(frozen))
     result = finish(graph)
@@ -221,7 +199,7 @@ def capture(source: Source) -> JointGraph:
     slow = tuple(
         f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
     )
-    folded = {n.target for n in module.graph.nodes if _rule(n.target) or n.target is ATTENTION}
+    folded = {n.target for n in module.graph.nodes if rule_for(n.target) or n.target is ATTENTION}
     joint_graph = JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
     return dataclasses.replace(
         joint_graph,
@@ -233,7 +211,13 @@ def capture(source: Source) -> JointGraph:
     )
 
 
-def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
+def _one_row(feeding: list[tuple[str, Role]], state: dict[str, Any], row: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The one-sample program's inputs for this row of the example batch."""
+    rest = iter(row)
+    return [next(rest) if r is Role.BATCH else state[t].detach() for t, r in feeding]
+
+
+def _trace(joint: Any, running: OneSample, trained: Any, fixed: Any, batch: list[torch.Tensor]) -> fx.GraphModule:
     with warnings.catch_warnings(record=True) as caught, keep_node_meta():
         warnings.simplefilter("always")
         try:
@@ -252,7 +236,7 @@ def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: lis
         except Exception as error:
             node = running.current
             forward = node is not None and node.op == "call_function"  # else the backward was being traced
-            place = where(node) if node is not None and forward else _user_line(error)
+            place = where(node) if node is not None and forward else user_line(error)
             origin = data_dependent_origin(node) if node is not None and "data-dependent" in str(error) else None
             if origin is not None:
                 raise CompileRefused(
@@ -264,16 +248,16 @@ def _trace(joint: Any, running: _OneSample, trained: Any, fixed: Any, batch: lis
                 raise CompileRefused(_random(node, place)) from error
             raise CompileRefused(
                 f"The model's operator{f' {node.target}' if node is not None and forward else 's'} could not be batched over "
-                f"samples: {_first_line(error)}.{place} Data-dependent values and shapes (.item(), unique, boolean "
-                "indexing) have no form for many samples at once; take them out of the forward."
+                f"samples: {first_line(error)}.{place} Data-dependent values and shapes (.item(), unique, boolean "
+                f"indexing) have no form for many samples at once; take them out of the forward.{advice(error, place, node)}"
             ) from error
     for warning in caught:
-        text = str(warning.message)
-        if "batching rule" in text and "aten::" in text:
-            op = text.split("aten::")[1].split(".")[0].split(" ")[0].rstrip(",;'\"")
+        op = unbatched(str(warning.message))
+        if op:
             raise CompileRefused(
-                f"The operator aten::{op} would be unrolled over samples: it has no batching rule."
-                f"{_find_operator(running.module, op)} Replace it in the model by an operator that has one."
+                f"The operator {op} would be unrolled over samples: it has no batching rule."
+                f"{_find_operator(running.module, op.partition('::')[2])} Replace it in the model by an operator that has one, "
+                "or give it a rule with dpbitfit_fx.sample_rule."
             )
     for node in graph.graph.nodes:
         if is_random(node):
@@ -296,22 +280,6 @@ def _find_operator(module: nn.Module, op: str) -> str:
         if node.op == "call_function" and stem in str(node.target):
             return where(node)
     return ""
-
-
-def _masks_that_need_gradients(module: fx.GraphModule, trained: list[fx.Node]) -> set[fx.Node]:
-    """Attention nodes whose mask depends on a trainable: flash attention has no gradient for it."""
-    depends = set(trained)
-    for node in module.graph.nodes:
-        if any(i in depends for i in node.all_input_nodes):
-            depends.add(node)
-    result = set()
-    for node in module.graph.nodes:
-        if node.target is ATTENTION:
-            assert argument_names(node.target)[3] == "attn_mask"
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if mask in depends:
-                result.add(node)
-    return result
 
 
 def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
@@ -342,19 +310,3 @@ def _refuse_loss_shape(outputs: Any) -> None:
             "point loss per sample, shape [B] (or their mean or sum). For a loss per token, reduce over the tokens of each "
             "sample first, e.g. loss.mean(dim=1)."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}".rstrip(".")
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost frame that is neither torch's nor ours: the user's model or loss."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in LIBRARIES)]
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return (
-        f' It comes from File "{frame.filename}", line {frame.lineno}, in {frame.name}: `{(frame.line or "").strip()}`.'
-    )

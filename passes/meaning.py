@@ -175,7 +175,12 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor], names: set[str] | Non
                     "The loss has no gradient with respect to any trainable: loss_fn or the model detaches it, or runs under "
                     "torch.no_grad(). Nothing would be trained."
                 )
-            theirs = torch.autograd.grad(objective, chosen, allow_unused=True)
+            try:
+                theirs = torch.autograd.grad(objective, chosen, allow_unused=True)
+            except RuntimeError as error:
+                raise CompileRefused(
+                    f"The model's own backward fails ({str(error)[:400]}), so the captured one has nothing to agree with."
+                ) from error
     finally:
         for p, flag in zip(chosen, flags, strict=True):
             p.requires_grad_(flag)

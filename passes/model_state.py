@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import CompileRefused
 
@@ -81,6 +82,9 @@ class _Kept:
                 changed.append(key)
                 with torch.no_grad():
                     buffer.copy_(content)
+        # Written anew from parameters at every forward, by torch's own hook: a function of weights, it remembers no data.
+        computed = {h.name for h in self.module._forward_pre_hooks.values() if isinstance(h, WeightNorm)}
+        changed = [k for k in changed if k not in computed]
         # torch.export swaps an RNN's parameters while it traces, and the RNN keeps its own list of them: put back, no fault.
         return [k for k in changed if not (k == "_flat_weights" and isinstance(self.module, nn.RNNBase))]
 

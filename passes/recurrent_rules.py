@@ -96,6 +96,22 @@ def _single(cell: Any) -> Callable[..., Any]:
     return rule
 
 
+def _cell(cell: Any) -> Callable[..., Any]:
+    def rule(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        new = cell(linear(x, w_ih, b_ih), state, w_hh, b_hh, None)
+        return new[0] if isinstance(hx, Tensor) else new
+
+    return rule
+
+
+# One step each, so nothing is unrolled: functorch has no rule for the fused cells.
+CELLS: dict[Any, Callable[..., Any]] = {
+    aten.lstm_cell.default: _cell(_lstm_cell),
+    aten.gru_cell.default: _cell(_gru_cell),
+    aten.rnn_tanh_cell.default: _cell(_simple_cell(torch.tanh)),
+    aten.rnn_relu_cell.default: _cell(_simple_cell(torch.relu)),
+}
 RULES: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,
     aten.gru.input: _single(_gru_cell),

@@ -54,10 +54,96 @@ def _adaptive_avg_pool2d(x: Tensor, size: list[int]) -> Any:
     return aten.adaptive_avg_pool2d.default(x, size)
 
 
+def bilinear(x: Tensor, y: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """``z[.., o] = sum_ij x[.., i] w[o, i, j] y[.., j] + b[o]``."""
+    z = torch.einsum("...i,oij,...j->...o", x, w, y)
+    return z if b is None else z + b
+
+
+def embedding_bag(
+    table: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    scale_by_frequency: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    weights: Tensor | None = None,
+    last_offset: bool = False,
+    padding: int | None = None,
+) -> Any:
+    """index [L] -> one row per bag [N, C]: sum, mean or maximum (mode 0, 1, 2) of its entries that are no padding."""
+    if scale_by_frequency:
+        return aten.embedding_bag.padding_idx(
+            table, index, offsets, scale_by_frequency, mode, sparse, weights, last_offset, padding
+        )
+    index, offsets = index.reshape(-1), offsets[:-1] if last_offset else offsets
+    bags = torch.arange(offsets.shape[0], device=index.device)
+    own = (torch.arange(index.shape[0], device=index.device).unsqueeze(1) >= offsets).sum(1) - 1
+    member = own == bags.unsqueeze(1)  # [N, L]
+    if padding is not None:
+        member = member & (index != padding % table.shape[0])
+    rows = torch.nn.functional.embedding(index, table)
+    count = member.sum(1, keepdim=True)
+    if mode == 2:
+        apart = torch.where(member.unsqueeze(2), rows, float("-inf")).max(1).values
+        out = torch.where(count > 0, apart, 0.0)
+    else:
+        share = member.to(rows.dtype) if weights is None else member * weights.reshape(-1)
+        out = share @ rows
+        if mode == 1:
+            out = out / count.clamp_min(1)
+    rest = index.new_zeros(0)
+    return out, rest, rest, rest
+
+
+def one_hot(x: Tensor, classes: int = -1) -> Any:
+    """``x [..] -> [.., classes]``; a label outside gives a row of zeros, where torch's own raises."""
+    if classes < 0:  # then the number of classes is the data's
+        return aten.one_hot.default(x, classes)
+    return (x.unsqueeze(-1) == torch.arange(classes, device=x.device)).to(torch.int64)
+
+
+def _rrelu(x: Tensor, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    if training:
+        return aten.rrelu.default(x, lower, upper, training, generator)
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
+def multilabel_margin(x: Tensor, labels: Tensor, reduction: int = 1) -> Tensor:
+    """``sum_jk max(0, 1 - x[y_j] + x[k]) / C`` over labels y_j before the first -1 and classes k that are none of them.
+
+    Not torch's own decomposition (2.13), which gives other numbers than its operator.
+    """
+    valid = (labels >= 0).long().cumprod(-1).bool()
+    classes = torch.arange(x.shape[-1], device=x.device)
+    named = ((labels.unsqueeze(-1) == classes) & valid.unsqueeze(-1)).any(-2)
+    margins = (1 - x.gather(-1, labels.clamp(0, x.shape[-1] - 1)).unsqueeze(-1) + x.unsqueeze(-2)).clamp_min(0)
+    counted = valid.unsqueeze(-1) & ~named.unsqueeze(-2)
+    losses = torch.where(counted, margins, 0.0).sum((-2, -1)) / x.shape[-1]
+    return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
+
+
+# Operators without a batching rule, forward or backward, that torch itself can write in others.
+DECOMPOSED = (
+    aten._upsample_nearest_exact1d.vec,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact3d.vec,
+    aten.affine_grid_generator.default,
+    aten.max_unpool2d.default,
+    aten.max_unpool3d.default,
+    aten.soft_margin_loss.default,
+    aten.multi_margin_loss.default,
+)
 RULES: dict[Any, Callable[..., Any]] = {
     aten.batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: _legit_no_training,
     aten.adaptive_avg_pool1d.default: _adaptive_avg_pool1d,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     aten.embedding.default: embedding,
+    aten.bilinear.default: bilinear,
+    aten.multilabel_margin_loss.default: multilabel_margin,
+    aten.one_hot.default: one_hot,
+    aten.rrelu.default: _rrelu,
+    aten.embedding_bag.default: embedding_bag,
+    aten.embedding_bag.padding_idx: embedding_bag,
 }

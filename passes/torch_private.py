@@ -55,12 +55,31 @@ def keep_node_meta() -> Iterator[None]:
         yield
 
 
+def keep_lines_of(fn: Callable[..., Any]) -> None:
+    """Nodes traced from now on keep the frames of this function beside those called ``forward`` (torch 2.13)."""
+    register = getattr(fx.proxy, "_register_stack_trace_anchor", None)
+    if register is not None:
+        register(fn)
+
+
 def schema_is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
 def is_op(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
+
+
+def as_overload(op: Any) -> Any:
+    """One operator from what ``torch.library.custom_op`` returned, a packet with one overload, or an overload; else None."""
+    from torch._library.custom_ops import CustomOpDef
+
+    if isinstance(op, CustomOpDef):
+        op = op._opoverload
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        names = op.overloads()
+        op = getattr(op, names[0]) if len(names) == 1 else None
+    return op if is_op(op) else None
 
 
 def has_effect(target: Any) -> bool:

@@ -1,0 +1,31 @@
+"""Zeroing in place and windows, for one sample, in operators that vmap batches with their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def zero(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """``[.., L, ..] -> [.., (L - size) // step + 1, .., size]``, gathered: the windows may overlap."""
+    if x.dim() == 0:
+        return aten.unfold.default(x, dim, size, step)  # type: ignore[no-any-return]
+    dim = dim % x.dim()
+    count = (x.shape[dim] - size) // step + 1
+    at = torch.arange(count, device=x.device).unsqueeze(1) * step + torch.arange(size, device=x.device)
+    return x.index_select(dim, at.reshape(-1)).unflatten(dim, (count, size)).movedim(dim + 1, -1)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.zero.default: zero,
+    aten.unfold.default: unfold,
+}
