@@ -123,6 +123,17 @@ def multilabel_margin(x: Tensor, labels: Tensor, reduction: int = 1) -> Tensor:
     return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
 
 
+def grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, corners: bool) -> Any:
+    """Torch's own, but a place that is NaN is the centre: its kernel (2.13, CPU) reads outside the image there."""
+    return aten.grid_sampler.default(x, torch.where(grid.isnan(), 0.0, grid), mode, padding, corners)
+
+
+def binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Any:
+    """Torch's own, but a probability outside [0, 1] (or NaN) counts as 1/2, where torch's own would raise and stop a run."""
+    inside = torch.where((x >= 0) & (x <= 1), x, 0.5)
+    return aten.binary_cross_entropy.default(inside, target, weight, reduction)
+
+
 # Operators without a batching rule, forward or backward, that torch itself can write in others.
 DECOMPOSED = (
     aten._upsample_nearest_exact1d.vec,
@@ -141,6 +152,8 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     aten.embedding.default: embedding,
     aten.bilinear.default: bilinear,
+    aten.binary_cross_entropy.default: binary_cross_entropy,
+    aten.grid_sampler.default: grid_sampler,
     aten.multilabel_margin_loss.default: multilabel_margin,
     aten.one_hot.default: one_hot,
     aten.rrelu.default: _rrelu,

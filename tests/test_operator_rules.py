@@ -163,6 +163,21 @@ SPECS: dict[str, Spec] = {
         lambda d: ([d.floats(B, d.int(3, 6), d.int(3, 6))], {"dim": d.int(-2, 1), "size": d.int(1, 3), "step": d.int(1, 3)}),
         lambda x, dim, size, step: write_rules.unfold(x, dim, size, step).flip(-1),
     ),
+    "binary cross-entropy": Spec(
+        sample_rules.binary_cross_entropy,
+        lambda x, t, reduction: F.binary_cross_entropy(x, t, reduction=("none", "mean", "sum")[reduction]),
+        lambda d: ([d.floats(B, 2, 3).sigmoid(), d.floats(B, 2, 3).sigmoid()], {"reduction": d.int(0, 2)}),
+        lambda x, t, reduction: sample_rules.binary_cross_entropy(x * 0.9, t, None, reduction),
+    ),
+    "grid sample": Spec(
+        sample_rules.grid_sampler,
+        lambda x, grid, mode, padding, corners: torch.grid_sampler(x, grid, mode, padding, corners),
+        lambda d: (
+            [d.floats(B, 1, 2, 4, 4), d.floats(B, 1, 3, 3, 2)],
+            {"mode": 0, "padding": d.int(0, 2), "corners": bool(d.int(0, 1))},
+        ),
+        lambda x, grid, mode, padding, corners: sample_rules.grid_sampler(x, grid, mode, padding, not corners),
+    ),
     "zeroed": Spec(
         lambda x, y: write_rules.zero(x) + y,
         lambda x, y: x.clone().zero_() + y,
@@ -213,6 +228,12 @@ def test_the_rule_under_vmap_equals_torchs_operator_on_each_sample(name: str, se
 @pytest.mark.parametrize("name", SPECS)
 def test_the_comparison_kills_a_mutant_of_the_rule(name: str) -> None:
     assert not all(agree(SPECS[name], SPECS[name].mutant, seed) for seed in range(30))
+
+
+def test_a_place_or_a_probability_that_is_nan_stops_nobody() -> None:
+    image, grid = torch.randn(1, 2, 4, 4), torch.full((1, 3, 3, 2), float("nan"))
+    assert sample_rules.grid_sampler(image, grid, 0, 1, False).isfinite().all()
+    assert sample_rules.binary_cross_entropy(torch.tensor([float("nan")]), torch.ones(1)).isfinite()
 
 
 def test_a_label_outside_the_classes_stops_nobody() -> None:
