@@ -289,6 +289,12 @@ def _reshape(_: _Interpreter, x: Tensor, size: Sequence[int]) -> Tensor:
     return x.reshape(list(size))
 
 
+def _bmm(_: _Interpreter, a: Tensor, b: Tensor) -> Tensor:
+    # ONNX Runtime fuses a transpose into MatMul for float64 too, and then has no kernel for it: keep them apart. Exported
+    # values are float32 before they are widened, so that nothing finite reaches the bound.
+    return torch.bmm(a, b.clamp(max=1e300) if b.dtype == torch.float64 else b)
+
+
 def _embedding_dense_backward(
     run: _Interpreter, grad_out: Tensor, index: Tensor, count: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
@@ -312,6 +318,7 @@ def _mish_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     aten.silu_backward.default: _silu_backward,
     aten.mish_backward.default: _mish_backward,
+    aten.bmm.default: _bmm,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,

@@ -69,7 +69,12 @@ def ghost(joint: JointGraph) -> JointGraph:
         terms = None if choice is False else factors(node, joint.flat_dtype)
         if terms is None or len({t.sizes[:2] for t in terms}) != 1 or math.prod(terms[0].sizes[:2]) != target.numel:
             if target.numel >= SMALLEST and choice is not False:
-                notes.append((target.name, "materialised: its gradient is no sum of products of one shape"))
+                notes.append(
+                    (
+                        target.name,
+                        f"materialised: its gradient is no sum of products of one shape in {joint.flat_dtype}",
+                    )
+                )
             continue
         length = sum(t.sizes[2] for t in terms)
         if choice is None and not (target.numel >= SMALLEST and 2 * length**2 < target.numel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from onnx_cases import compiled, flat  # noqa: E402
 
+from dpbitfit_fx.compile import compile as compile_step  # noqa: E402
 from dpbitfit_fx.errors import ArtifactError, ExportError  # noqa: E402
 from dpbitfit_fx.onnx_check import check_onnx  # noqa: E402
 from dpbitfit_fx.onnx_export import RANDOM_OPS, AdamW, export_onnx, resolve_optimizer  # noqa: E402
 from dpbitfit_fx.onnx_lowering import Lowered  # noqa: E402
-from dpbitfit_fx.ort_runner import read_manifest  # noqa: E402
+from dpbitfit_fx.ort_runner import OrtTrainer, read_manifest  # noqa: E402
+from dpbitfit_fx.passes.clipping import PerLayerClipping  # noqa: E402
 
 aten = torch.ops.aten
 
@@ -190,3 +193,28 @@ def test_lowered_attention_equals_the_fused_kernel_even_where_every_key_is_maske
         rows = torch.ones(2, 5, dtype=torch.bool)
         torch.testing.assert_close(got.movedim(1, 2)[rows], want.movedim(1, 2)[rows], rtol=1e-5, atol=1e-6)
         assert lse.shape == (2, 3, 5) or lse.numel() == 30
+
+
+def test_a_step_whose_gradients_stay_factored_exports_and_names_its_clipping(tmp_path: Path) -> None:
+    """A lookup, a product and their cross term; export_onnx itself compares the files with the PyTorch step."""
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(9, 6)
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        logits = model(batch["tokens"]) @ model.weight.t()
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["tokens"], reduction="none").sum(1)
+
+    batch = {"tokens": torch.randint(0, 9, (4, 3))}
+    clipping = PerLayerClipping(0.5)
+    step = compile_step(
+        table, loss, batch, trainable="all", clipping=clipping, ghost_norms=True, noise_multiplier=1.0,
+        expected_batch_size=8.0,
+    )  # fmt: skip
+    assert [why[:10] for _, why in step.report().ghosts] == ["ghost norm"]
+    manifest = json.loads((export_onnx(step, tmp_path / "out") / "manifest.json").read_text())
+    assert manifest["clipping"]["type"] == "PerLayerClipping" and manifest["max_grad_norm"] == 0.5
+
+
+def test_a_manifest_with_a_clipping_that_nobody_knows_gives_no_statement() -> None:
+    with pytest.raises(ArtifactError, match="clipping 'Mine', which this version does not know"):
+        OrtTrainer.statement(SimpleNamespace(manifest={"clipping": {"type": "Mine"}}))  # type: ignore[arg-type]
