@@ -3,7 +3,7 @@
 Private by construction (design §3): what vmap is given was exported from ONE sample; it has never seen the other
 samples' values, the batch size or the row's position.
 
-    export(model, loss; x[:1])  ->  vmap(grad_and_value(.))  ->  make_fx at two prime sizes  ->  one graph for every B
+    export(model, loss; x[:1])  ->  vmap(grad_and_value(.))  ->  make_fx at a prime size  ->  one graph for every B
     outputs: loss [B], then g_p [B, *p.shape] for every trainable p
 """
 
@@ -23,6 +23,7 @@ from .checks import data_dependent_origin, drop_checks
 from .errors import CompileRefused
 from .explain import advice, first_line, unbatched, user_line
 from .exportable import Exportable
+from .functional_program import functional_program
 from .joint_graph import Input, JointGraph, Role, Source, finish
 from .model_state import dropout_off, refuse_train_mode_batchnorm, untouched
 from .one_sample import ATTENTION, OneSample, masks_that_need_gradients, rule_for
@@ -36,10 +37,9 @@ from .torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from .unify import unify, where
+from .unify import any_batch_size, where
 
 aten = torch.ops.aten
-SIZES = (11, 13)
 
 
 class _Whole(nn.Module):
@@ -92,7 +92,7 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(whole, one, strict=False)
-            program: torch.export.ExportedProgram = exported.run_decompositions(_decompositions())
+            program = functional_program(exported, sample_rules.DECOMPOSED)
         except CompileRefused:
             raise
         except Exception as error:
@@ -104,11 +104,6 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
             ) from error
     _refuse_mutation(program)
     return program
-
-
-def _decompositions() -> dict[Any, Any]:
-    table = torch.export.default_decompositions()
-    return {op: table[op] for op in sample_rules.DECOMPOSED if op in table}
 
 
 def capture(source: Source) -> JointGraph:
@@ -184,11 +179,11 @@ def capture(source: Source) -> JointGraph:
 
     trained = [state[n].detach() for n in chosen]
     fixed = [state[n].detach() for n in frozen]
-    graphs = []
-    for count in SIZES:
-        batch = [x[:1].detach().expand(count, *x.shape[1:]).contiguous() for x in tensors]
-        graphs.append(_trace(joint, interpreter, trained, fixed, batch))
-    graph = unify(graphs[0], graphs[1], SIZES, len(chosen) + len(frozen))
+
+    def at(size: int) -> fx.GraphModule:
+        return _trace(joint, interpreter, trained, fixed, [x.new_empty(size, *x.shape[1:]) for x in tensors])
+
+    graph = any_batch_size(at, module.graph, len(chosen) + len(frozen))
     result = finish(graph)
     nodes = [n.name for n in result.graph.nodes if n.op == "placeholder"]
     labels = (

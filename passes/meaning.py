@@ -101,7 +101,13 @@ def run_joint(joint: JointGraph, batch: list[torch.Tensor]) -> tuple[torch.Tenso
     feeds = iter(batch)
     values = [next(feeds) if i.role is Role.BATCH else joint.state[i.target].detach() for i in joint.inputs]
     with torch.no_grad():
-        loss, *gradients = joint.module(*values)
+        try:
+            loss, *gradients = joint.module(*values)
+        except RuntimeError as error:
+            raise CompileRefused(
+                f"The captured graph does not run for a batch of {batch[0].shape[0]} samples ({str(error)[:300]}): a size in "
+                "it depends on the batch in a way that is not understood."
+            ) from error
     return loss, gradients
 
 

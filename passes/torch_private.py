@@ -66,6 +66,15 @@ def schema_is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
+def may_alias_or_write(target: Any) -> bool:
+    """Whether an operator writes an input, or is composed of others and may return a view of one."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    aliases = any(a.alias_info is not None for a in target._schema.arguments)
+    return bool(
+        target._schema.is_mutable or (composite and (aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags))
+    )
+
+
 def is_op(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 

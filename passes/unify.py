@@ -1,14 +1,19 @@
-"""Two captures at two prime batch sizes become one graph with a symbolic batch (design §3, dynamic batch).
+"""A capture at one prime batch size becomes a graph with a symbolic batch (design §3, dynamic batch).
 
-functorch's C++ rules burn the batch size into view and expand sizes. Node by node: an integer equal in both graphs is a
-constant; one in the ratio of the two sizes is that multiple of the batch; anything else is refused, since a value that
-depends on the batch size in another way makes a row depend on how many others there are.
+functorch's C++ rules burn the batch size P into view and expand sizes. P is a prime that divides no integer of the
+one-sample graph, so it divides none of their products: an integer that it divides is that multiple of the batch, and the
+others are constants. An integer or a float that looks as if it came from P in another way leaves a doubt, and a second
+capture at Q decides, node by node: equal in both is a constant, in the ratio P : Q a multiple of the batch, and anything
+else is refused, since it makes a row depend on how many others there are.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
+import math
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +25,60 @@ from .torch_private import module_stack
 aten = torch.ops.aten
 LIBRARIES = ("/torch/", "/passes/", "<")
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+PRIMES = (101, 2000)  # from, below: small, since an operator without a batching rule is unrolled before it is refused
+NEAR = 2  # B - 1, B + 1 and the like are never taken for constants
+
+
+def any_batch_size(trace_at: Callable[[int], fx.GraphModule], one_sample: fx.Graph, batch_input: int) -> fx.Graph:
+    """One graph for every batch size, from ``trace_at(P)`` alone, or from ``trace_at(Q)`` too where P leaves a doubt."""
+    known = {x for n in one_sample.nodes for x in _integers(n) if abs(x) < 2**62}
+    primes = [p for p in range(*PRIMES) if all(p % q for q in range(2, math.isqrt(p) + 1))]
+    pairs = list(itertools.pairwise(primes))
+    clear = [pair for pair in pairs if not any(_near(x, pair[0]) for x in known)]
+    size, second = (clear or pairs)[0]
+    graph = trace_at(size)
+    calls = [n for n in graph.graph.nodes if n.op == "call_function"]
+    many = any(len(n.all_input_nodes) > size // 2 for n in calls)  # a stack of one piece per sample
+    if not clear or many or any(_doubtful(x, size) for n in calls for x in _numbers((n.args, n.kwargs))):
+        return unify(graph, trace_at(second), (size, second), batch_input)
+    return unify(graph, graph, (size, size), batch_input)
+
+
+def _numbers(args: Any) -> Iterator[int | float]:
+    if isinstance(args, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(_numbers, args))
+    elif isinstance(args, dict):
+        yield from _numbers(list(args.values()))
+    elif type(args) in (int, float):
+        yield args
+
+
+def _integers(node: fx.Node) -> Iterator[int]:
+    """Integers among a node's arguments, the sizes of its value and their products from the right (its strides)."""
+    yield from (x for x in _numbers((node.args, node.kwargs)) if type(x) is int and x)
+    for value in node.meta["val"] if isinstance(node.meta.get("val"), (list, tuple)) else [node.meta.get("val")]:
+        if isinstance(value, torch.Tensor):
+            sizes = [x for x in value.shape if type(x) is int and x]
+            yield from sizes
+            yield from itertools.accumulate(sizes[::-1], operator.mul)
+
+
+def _near(x: int, prime: int) -> bool:
+    return abs(x) > prime // 2 and min(x % prime, -x % prime) <= NEAR
+
+
+def _doubtful(x: int | float, prime: int) -> bool:
+    """Whether a number of the batched graph may come from the batch size otherwise than as its multiple.
+
+    A loop over samples indexes up to B - 1, so it is doubtful too.
+    """
+    if type(x) is int:
+        return abs(x) < 2**62 and x % prime != 0 and _near(x, prime)
+    if x == 0 or not math.isfinite(x):
+        return False
+    return any(abs(v) < 2**53 and round(v) % prime == 0 and math.isclose(v, round(v)) and round(v) for v in (x, 1 / x))
 
 
 class _Multiple:
@@ -58,10 +117,10 @@ def unify(one: fx.GraphModule, other: fx.GraphModule, sizes: tuple[int, int], ba
             return type(x)(merge(p, q, node) for p, q in zip(x, y, strict=True)) if not hasattr(x, "_fields") else x
         if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
             return {k: merge(x[k], y[k], node) for k in x}
+        if type(x) is int and type(y) is int and x and x * sizes[1] == y * sizes[0] and x % sizes[0] == 0:
+            return _Multiple(x // sizes[0])
         if type(x) is type(y) and (x == y or (x != x and y != y)):
             return x
-        if type(x) is int and type(y) is int and x * sizes[1] == y * sizes[0] and x % sizes[0] == 0:
-            return _Multiple(x // sizes[0])
         raise CompileRefused(
             f"The operator {node.target} takes {x!r} for a batch of {sizes[0]} and {y!r} for a batch of {sizes[1]}: its "
             f"result depends on how many samples there are.{where(node)} Such a model has no per-sample meaning."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo_transformers
+from torch import nn
 from zoo import POOL, cases, compile_case, compiled, flat, loop, oracle, relative_errors
 
 import dpbitfit_fx as dpb
@@ -104,3 +107,35 @@ def test_further_architectures_equal_the_loop_for_batches_of_1_and_3(name: str) 
 def test_an_architecture_that_cannot_be_private_is_refused_by_what_is_in_its_way(name: str) -> None:
     with pytest.raises(dpb.CompileRefused, match=REFUSED[name]):
         compile_case(zoo_transformers.cases()[name])
+
+
+def biases_by_kind_of_layer(model: nn.Module) -> set[str]:
+    """Where the layers of torch and transformers keep their bias, read off the modules; a tied one under its first name."""
+    layers = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    first = {id(p): name for name, p in model.named_parameters()}
+    found: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, layers) or type(module).__name__ == "Conv1D":
+            found.append(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):
+            found += [module.in_proj_bias, module.bias_k, module.bias_v]
+        elif isinstance(module, nn.RNNBase):
+            found += [p for name, p in module.named_parameters() if name.startswith("bias_")]
+    return {first[id(p)] for p in found if p is not None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_trained_is_what_a_walk_over_the_layers_finds_and_near_misses_have_a_reason(name: str) -> None:
+    case, step = cases()[name], compiled(name)
+    model, report = step.model, step.report()
+    params = dict(model.named_parameters())
+    loss = case.loss(model, case.rows([0, 1, 2, 3])).sum()
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    used = {k for k, g in zip(params, grads, strict=True) if g is not None}
+    trained = {k: rule for k, _, rule in report.trained}
+    assert set(trained) == biases_by_kind_of_layer(model) & used
+    assert biases_by_kind_of_layer(model) - used <= set(report.unused)
+    # A position table is added to activations and is no bias; a table of relative positions only has the name.
+    tables = {k for k in used if k.endswith(("position_embeddings", "relative_position_bias_table"))}
+    near = dict(report.near_misses)
+    assert tables <= set(near) and all(near.values()) and not set(near) & set(trained)
