@@ -237,7 +237,7 @@ def _trace(joint: Any, running: OneSample, trained: Any, fixed: Any, batch: list
                 raise CompileRefused(
                     f"The operator {origin.target} gives a size or a number that depends on the data.{where(origin)} It "
                     "would differ from sample to sample, so there is no form for many at once: take it out of the "
-                    "forward, or choose the model's own switch that avoids it."
+                    f"forward, or choose the model's own switch that avoids it.{advice(error, where(origin))}"
                 ) from error
             if node is not None and "random operation" in str(error):
                 raise CompileRefused(_random(node, place)) from error

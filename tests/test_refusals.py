@@ -143,16 +143,6 @@ def test_an_operator_unrolled_over_samples_is_refused_with_module_and_line() -> 
     assert "module middle" in message and "torch.histc(h, 4)" in message
 
 
-def test_ctc_is_refused_with_the_operator_and_the_line_of_the_loss() -> None:
-    def ctc(model: Any, batch: Any) -> Tensor:
-        scores = model(batch[0]).log_softmax(-1).transpose(0, 1)
-        return F.ctc_loss(scores, batch[1], batch[2], batch[3], reduction="none")
-
-    batch = (torch.randn(4, 9, 6), torch.randint(1, 3, (4, 3)), torch.full((4,), 9), torch.full((4,), 3))
-    message = refusal(Sandwich(), ctc, batch)
-    assert "ctc_loss" in message and "return F.ctc_loss(scores" in message
-
-
 SHAPES: dict[str, Any] = {
     "per token [B, T]": lambda m, b: m(b[0]),
     "per token [B * T]": lambda m, b: m(b[0]).flatten(),
