@@ -18,7 +18,7 @@ NONE, MEAN = 0, 1
 custom_op: Any = torch.library.custom_op
 
 
-@custom_op("dpbitfit::ctc_loss", mutates_args=())
+@custom_op("dpbitfit::ctc_loss", mutates_args=())  # type: ignore[untyped-decorator]
 def _forward(
     log_probs: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, blank: int, zero_infinity: bool
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def _(log_probs: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return log_probs.new_empty(count), log_probs.new_empty(count, steps, 2 * targets.shape[1] + 1)
 
 
-@custom_op("dpbitfit::ctc_loss_backward", mutates_args=())
+@custom_op("dpbitfit::ctc_loss_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def _backward(
     grad: Tensor,
     log_probs: Tensor,

@@ -86,7 +86,8 @@ def as_overload(op: Any) -> Any:
     if isinstance(op, CustomOpDef):
         op = op._opoverload
     if isinstance(op, torch._ops.OpOverloadPacket):
-        names = op.overloads()
+        packet: Any = op
+        names = packet.overloads()
         op = getattr(op, names[0]) if len(names) == 1 else None
     return op if is_op(op) else None
 

@@ -9,6 +9,7 @@ For every call of such an operator in the one-sample program, on the arguments t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -110,7 +111,7 @@ class _Call:
         theirs = [self._value_and_gradients(self.node.target, row) for row in self.rows]
         for row, expected in zip(self.rows, theirs, strict=True):
             self._compare(
-                self._try(lambda row=row: self._value_and_gradients(self.rule, row)), expected, "for one sample"
+                self._try(functools.partial(self._value_and_gradients, self.rule, row)), expected, "for one sample"
             )
         if not self.batched:
             return
@@ -121,7 +122,7 @@ class _Call:
             others = [self.rows[j] if j == i else self._spoiled(self.rows[j]) for j in range(len(self.rows))]
             moved = [self.rows[j] if j == i else self.rows[(j + 1) % len(self.rows)] for j in range(len(self.rows))]
             for batch in (others, moved):
-                spoiled = self._try(lambda batch=batch: self._batched(batch))
+                spoiled = self._try(functools.partial(self._batched, batch))
                 if not all(_bitwise(a[i], b[i]) for a, b in zip(spoiled, together, strict=True)):
                     raise CompileRefused(
                         f"The rule for {self.node.target} mixes samples: a row's result changes with the other rows."

@@ -15,14 +15,15 @@ def zero(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
 
-def unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+def unfold(x: Tensor, dim: int, size: int, step: int) -> Any:
     """``[.., L, ..] -> [.., (L - size) // step + 1, .., size]``, gathered: the windows may overlap."""
     if x.dim() == 0:
-        return aten.unfold.default(x, dim, size, step)  # type: ignore[no-any-return]
+        return aten.unfold.default(x, dim, size, step)
     dim = dim % x.dim()
     count = (x.shape[dim] - size) // step + 1
     at = torch.arange(count, device=x.device).unsqueeze(1) * step + torch.arange(size, device=x.device)
-    return x.index_select(dim, at.reshape(-1)).unflatten(dim, (count, size)).movedim(dim + 1, -1)
+    picked = x.index_select(dim, at.reshape(-1))
+    return picked.reshape(*x.shape[:dim], count, size, *x.shape[dim + 1 :]).movedim(dim + 1, -1)
 
 
 RULES: dict[Any, Callable[..., Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class Draw:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
-    def int(self, low: int, high: int) -> int:
+    def whole(self, low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def ints(self, low: int, high: int, *shape: int) -> Tensor:
@@ -35,7 +36,7 @@ class Draw:
 
     def floats(self, *shape: int) -> Tensor:
         """Dense, or of permuted strides, or every second entry of a larger tensor: the same distribution."""
-        kind = self.int(0, 2)
+        kind = self.whole(0, 2)
         if kind == 0 or len(shape) < 2:
             return torch.randn(shape, generator=self.generator, dtype=D)
         if kind == 1:
@@ -55,11 +56,11 @@ class Spec:
 
 
 def bag(d: Draw, mode: int) -> tuple[list[Tensor], dict[str, Any]]:
-    length, bags, padding = d.int(1, 6), d.int(1, 3), d.int(-1, 2)
+    length, bags, padding = d.whole(1, 6), d.whole(1, 3), d.whole(-1, 2)
     offsets = torch.cat([torch.zeros(B, 1, dtype=torch.long), d.ints(0, length, B, bags - 1).sort(1).values], 1)
     options: dict[str, Any] = {"mode": mode, "padding": padding if padding < 2 else None}
     tensors = [d.floats(7, 3), d.ints(0, 6, B, length), offsets]
-    if mode == 0 and d.int(0, 1):
+    if mode == 0 and d.whole(0, 1):
         tensors.append(d.floats(B, length))
     return tensors, options
 
@@ -73,7 +74,7 @@ def our_bag(
 def their_bag(
     table: Tensor, index: Tensor, offsets: Tensor, weights: Any = None, *, mode: int, padding: int | None
 ) -> Any:
-    return torch.embedding_bag(table, index, offsets, False, mode, False, weights, False, padding)[0]  # type: ignore[arg-type]
+    return torch.embedding_bag(table, index, offsets, False, mode, False, weights, False, padding)[0]
 
 
 def mutant_bag(
@@ -84,7 +85,7 @@ def mutant_bag(
 
 def cell_inputs(gates: int, states: int) -> Callable[[Draw], tuple[list[Tensor], dict[str, Any]]]:
     def draw(d: Draw) -> tuple[list[Tensor], dict[str, Any]]:
-        n, inside, hidden = d.int(1, 3), d.int(1, 4), d.int(1, 4)
+        n, inside, hidden = d.whole(1, 3), d.whole(1, 4), d.whole(1, 4)
         shapes = [(gates * hidden, inside), (gates * hidden, hidden), (gates * hidden,), (gates * hidden,)]
         state = [d.floats(B, n, hidden) for _ in range(states)]
         return [*(d.floats(*s) for s in shapes), d.floats(B, n, inside), *state], {}
@@ -106,8 +107,8 @@ def swapped_biases(op: Fn) -> Fn:
 
 
 def nll_inputs(d: Draw) -> tuple[list[Tensor], dict[str, Any]]:
-    shape = (B, d.int(1, 4), d.int(1, 3))
-    return [d.floats(*shape), d.floats(*shape), d.floats(*shape).abs() * d.int(0, 1)], {"full": bool(d.int(0, 1))}
+    shape = (B, d.whole(1, 4), d.whole(1, 3))
+    return [d.floats(*shape), d.floats(*shape), d.floats(*shape).abs() * d.whole(0, 1)], {"full": bool(d.whole(0, 1))}
 
 
 CELLS = {
@@ -129,7 +130,7 @@ SPECS: dict[str, Spec] = {
         for kind, (op, gates) in CELLS.items()
     },
     **{
-        f"bag of {name}": Spec(our_bag, their_bag, lambda d, m=mode: bag(d, m), mutant_bag, (0,))
+        f"bag of {name}": Spec(our_bag, their_bag, functools.partial(bag, mode=mode), mutant_bag, (0,))
         for mode, name in enumerate(("sums", "means", "maxima"))
     },
     "bilinear": Spec(
@@ -142,13 +143,13 @@ SPECS: dict[str, Spec] = {
     "multilabel margin": Spec(
         sample_rules.multilabel_margin,
         lambda x, labels, reduction: F.multilabel_margin_loss(x, labels, reduction=("none", "mean", "sum")[reduction]),
-        lambda d: ([d.floats(B, 2, 4), d.ints(-1, 3, B, 2, 4)], {"reduction": d.int(0, 2)}),
+        lambda d: ([d.floats(B, 2, 4), d.ints(-1, 3, B, 2, 4)], {"reduction": d.whole(0, 2)}),
         lambda x, labels, reduction: sample_rules.multilabel_margin(x, labels.clamp_min(0), reduction),
     ),
     "one hot": Spec(
         sample_rules.one_hot,
         lambda x, classes: F.one_hot(x, classes),
-        lambda d: ([d.ints(0, 4, B, *[2, 3][: d.int(0, 2)])], {"classes": 5}),
+        lambda d: ([d.ints(0, 4, B, *[2, 3][: d.whole(0, 2)])], {"classes": 5}),
         lambda x, classes: sample_rules.one_hot(x, classes).flip(-1),
     ),
     "rrelu": Spec(
@@ -160,13 +161,16 @@ SPECS: dict[str, Spec] = {
     "unfold": Spec(
         write_rules.unfold,
         lambda x, dim, size, step: x.unfold(dim, size, step),
-        lambda d: ([d.floats(B, d.int(3, 6), d.int(3, 6))], {"dim": d.int(-2, 1), "size": d.int(1, 3), "step": d.int(1, 3)}),
+        lambda d: (
+            [d.floats(B, d.whole(3, 6), d.whole(3, 6))],
+            {"dim": d.whole(-2, 1), "size": d.whole(1, 3), "step": d.whole(1, 3)},
+        ),
         lambda x, dim, size, step: write_rules.unfold(x, dim, size, step).flip(-1),
     ),
     "binary cross-entropy": Spec(
         sample_rules.binary_cross_entropy,
         lambda x, t, reduction: F.binary_cross_entropy(x, t, reduction=("none", "mean", "sum")[reduction]),
-        lambda d: ([d.floats(B, 2, 3).sigmoid(), d.floats(B, 2, 3).sigmoid()], {"reduction": d.int(0, 2)}),
+        lambda d: ([d.floats(B, 2, 3).sigmoid(), d.floats(B, 2, 3).sigmoid()], {"reduction": d.whole(0, 2)}),
         lambda x, t, reduction: sample_rules.binary_cross_entropy(x * 0.9, t, None, reduction),
     ),
     "grid sample": Spec(
@@ -174,7 +178,7 @@ SPECS: dict[str, Spec] = {
         lambda x, grid, mode, padding, corners: torch.grid_sampler(x, grid, mode, padding, corners),
         lambda d: (
             [d.floats(B, 1, 2, 4, 4), d.floats(B, 1, 3, 3, 2)],
-            {"mode": 0, "padding": d.int(0, 2), "corners": bool(d.int(0, 1))},
+            {"mode": 0, "padding": d.whole(0, 2), "corners": bool(d.whole(0, 1))},
         ),
         lambda x, grid, mode, padding, corners: sample_rules.grid_sampler(x, grid, mode, padding, not corners),
     ),
