@@ -254,6 +254,7 @@ def _trace(joint: Any, running: OneSample, trained: Any, fixed: Any, batch: list
                 f"{_find_operator(running.module, op.partition('::')[2])} Replace it in the model by an operator that has one, "
                 "or give it a rule with dpbitfit_fx.sample_rule."
             )
+    drop_checks(graph)
     for node in graph.graph.nodes:
         if is_random(node):
             raise CompileRefused(_random(node, where(node)))

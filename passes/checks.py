@@ -9,6 +9,8 @@ from .torch_private import reads_data
 from .unify import where
 
 aten = torch.ops.aten
+# The last one: torch.linalg.inv and its like raise on a singular matrix; without it they give inf or NaN.
+CHECKS = (aten._assert_scalar.default, aten._assert_async.msg, aten._linalg_check_errors.default)
 
 
 def drop_checks(module: fx.GraphModule) -> tuple[str, ...]:
@@ -16,7 +18,7 @@ def drop_checks(module: fx.GraphModule) -> tuple[str, ...]:
 
     For data that pass them the program is the same. Returns where they were.
     """
-    checks = [n for n in module.graph.nodes if n.target in (aten._assert_scalar.default, aten._assert_async.msg)]
+    checks = [n for n in module.graph.nodes if n.target in CHECKS]
     for node in checks:
         module.graph.erase_node(node)
     if checks:

@@ -6,6 +6,7 @@ Each replacement is an equality: the same numbers and gradients wherever torch's
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,17 @@ REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _in_a_function() -> bool:
+    """Whether an autograd.Function's own forward runs: torch turns gradients off there, the model's author did not."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_code is apply:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Exportable(TorchFunctionMode):
     """While it is entered, the functions of ``REPLACED`` are ours, and what runs under ``no_grad`` is detached in the graph."""
 
@@ -66,7 +78,7 @@ class Exportable(TorchFunctionMode):
         if getattr(func, "__name__", "") == "_pack_padded_sequence":
             raise RuntimeError("the sizes of a packed sequence depend on the lengths of its samples")
         result = REPLACED.get(func, func)(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() or func in (Tensor.detach, torch.detach):
+        if torch.is_grad_enabled() or func in (Tensor.detach, torch.detach) or _in_a_function():
             return result
         leaves, spec = tree_flatten(result)
         return tree_unflatten(

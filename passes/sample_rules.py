@@ -145,6 +145,28 @@ DECOMPOSED = (
     aten.soft_margin_loss.default,
     aten.multi_margin_loss.default,
 )
+
+
+def quantile(
+    x: Tensor, q: float, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Any:
+    """``s[f] + (q (n - 1) - f) (s[f + 1] - s[f])`` of the sorted ``s``, f the whole part; NaN where there is one."""
+    if interpolation != "linear" or x.dim() == 0:
+        return aten.quantile.scalar(x, q, dim, keepdim, interpolation=interpolation)
+    shape, flat = [1] * x.dim(), x
+    if dim is None:
+        flat, dim = x.reshape(-1), 0
+    ordered = flat.sort(dim).values
+    last = ordered.shape[dim] - 1
+    low = min(int(q * last), last)
+    first, second = ordered.select(dim, low), ordered.select(dim, min(low + 1, last))
+    share = q * last - low
+    value = torch.where(flat.isnan().any(dim), float("nan"), first + share * (second - first) if share else first)
+    if not keepdim:
+        return value
+    return value.reshape(shape) if flat is not x else value.unsqueeze(dim)
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     aten.batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: _legit_no_training,
@@ -156,6 +178,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.grid_sampler.default: grid_sampler,
     aten.multilabel_margin_loss.default: multilabel_margin,
     aten.one_hot.default: one_hot,
+    aten.quantile.scalar: quantile,
     aten.rrelu.default: _rrelu,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,

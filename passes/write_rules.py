@@ -1,4 +1,4 @@
-"""Zeroing in place and windows, for one sample, in operators that vmap batches with their gradient."""
+"""Filling in place and windows, for one sample, in operators that vmap batches with their gradient."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def zero(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
 
+def fill(x: Tensor, value: Tensor) -> Tensor:
+    """``x[...] = 0.5`` functionalized: every entry is the value [], whose gradient is the sum."""
+    return torch.zeros_like(x) + value.to(x.dtype)
+
+
 def unfold(x: Tensor, dim: int, size: int, step: int) -> Any:
     """``[.., L, ..] -> [.., (L - size) // step + 1, .., size]``, gathered: the windows may overlap."""
     if x.dim() == 0:
@@ -27,6 +32,7 @@ def unfold(x: Tensor, dim: int, size: int, step: int) -> Any:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    aten.fill.Tensor: fill,
     aten.zero.default: zero,
     aten.unfold.default: unfold,
 }

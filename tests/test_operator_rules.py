@@ -146,6 +146,12 @@ SPECS: dict[str, Spec] = {
         lambda d: ([d.floats(B, 2, 4), d.ints(-1, 3, B, 2, 4)], {"reduction": d.whole(0, 2)}),
         lambda x, labels, reduction: sample_rules.multilabel_margin(x, labels.clamp_min(0), reduction),
     ),
+    "quantile": Spec(
+        sample_rules.quantile,
+        torch.quantile,
+        lambda d: ([d.floats(B, 3, d.whole(1, 6))], {"q": d.whole(0, 4) / 4 * 0.9, "dim": -1, "keepdim": d.whole(0, 1) == 1}),
+        lambda x, q, dim, keepdim: sample_rules.quantile(x, 0.9 - q, dim, keepdim),
+    ),
     "one hot": Spec(
         sample_rules.one_hot,
         lambda x, classes: F.one_hot(x, classes),

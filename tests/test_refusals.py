@@ -137,6 +137,20 @@ def test_a_random_operator_is_refused_with_module_and_line() -> None:
     assert "module middle" in message and "F.dropout(h, 0.3, training=True)" in message
 
 
+class Spectrum(Sandwich):
+    """torch.linalg.svdvals raises when any matrix of the batch holds NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrices = self.first(x)[:, :4].reshape(-1, 2, 2)
+        scaled: Tensor = self.last(self.first(x) * torch.linalg.svdvals(matrices).sum(1, keepdim=True))
+        return scaled
+
+
+def test_an_operator_that_one_bad_record_would_make_raise_is_refused() -> None:
+    message = refusal(Spectrum())
+    assert "linalg.svd" in message and "one bad record would stop a run" in message
+
+
 def test_an_operator_unrolled_over_samples_is_refused_with_module_and_line() -> None:
     message = refusal(Sandwich(Histogram()))
     assert "histc" in message and "unrolled over samples" in message
