@@ -27,7 +27,9 @@ LIBRARIES = ("/torch/", "/passes/", "<")
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
-PRIMES = (107, 2000)  # from, below; not beside 100, the ignore_index of every cross entropy; small, since an operator without a batching rule is unrolled before it is refused
+# From, below: not beside 100, the ignore_index of every cross entropy, and small, since an operator without a batching
+# rule is unrolled before it is refused.
+PRIMES = (107, 2000)
 NEAR = 2  # B - 1, B + 1 and the like are never taken for constants
 
 
