@@ -20,6 +20,8 @@ aten = torch.ops.aten
 MEAN_THE_SAME = {
     aten.reshape.default,
     aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.chunk.default,
     aten.contiguous.default,
     aten.to.dtype,
     aten.to.device,
@@ -35,7 +37,10 @@ def functional_program(
     if all(_stays(n, decomposed) for n in program.graph.nodes):
         return program
     table = torch.export.default_decompositions()
-    return program.run_decompositions({op: table[op] for op in decomposed if op in table})
+    rewritten: torch.export.ExportedProgram = program.run_decompositions(
+        {op: table[op] for op in decomposed if op in table}
+    )
+    return rewritten
 
 
 def _stays(node: fx.Node, decomposed: Collection[Any]) -> bool:

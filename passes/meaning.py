@@ -195,7 +195,8 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor], names: set[str] | Non
     others = [torch.zeros_like(p) if g is None else g for g, p in zip(theirs, chosen, strict=True)]
     norms = [(g.double().flatten(1).norm(dim=1) * weights.double()).sum() for g in gradients]
     whole = (torch.cat([g.double().flatten(1) for g in gradients], 1).norm(dim=1) * weights.double()).sum()
-    for target, mine, other, norm in zip(joint.targets, ours, others, norms, strict=True):
+    targets = [joint.targets[i] for i in taken]
+    for target, mine, other, norm in zip(targets, ours, others, norms, strict=True):
         kind = max((coarse, target.dtype), key=lambda d: TOLERANCE.get(d, 1e-3))
         # A gradient that is zero but for rounding (a key bias under softmax) is measured against the whole.
         allowed = TOLERANCE.get(kind, 1e-3) * norm + ROUNDING.get(kind, 1e-5) * whole + 1e-12

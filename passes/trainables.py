@@ -36,6 +36,7 @@ RESHAPES = {
     aten.to.device,
     aten.contiguous.default,
     aten.flatten.using_ints,
+    aten.unflatten.int,
     aten.clone.default,
     aten.alias.default,
     aten.split.Tensor,

@@ -27,8 +27,8 @@ LIBRARIES = ("/torch/", "/passes/", "<")
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
-# From, below. Not beside 100, which every cross entropy holds as its ignore_index; small, since an operator that has no
-# batching rule is unrolled before it is refused.
+# From, below: not beside 100, the ignore_index of every cross entropy, and small, since an operator without a batching
+# rule is unrolled before it is refused.
 PRIMES = (107, 2000)
 NEAR = 2  # B - 1, B + 1 and the like are never taken for constants
 

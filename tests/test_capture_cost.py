@@ -11,7 +11,7 @@ from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, fx, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes import capture
+from dpbitfit_fx.passes import capture, torch_private
 
 
 class Layer(nn.Module):
@@ -64,7 +64,7 @@ def test_the_graph_is_the_same_for_every_size_of_the_example_batch() -> None:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes at which a compile traces."""
     seen: list[int] = []
-    trace = capture.trace
+    trace = torch_private.trace
 
     def watched(fn: Any, trained: Any, fixed: Any, *batch: Tensor) -> fx.GraphModule:
         seen.append(batch[0].shape[0])
