@@ -24,7 +24,7 @@ def swish(x: Tensor, beta: float) -> Tensor:
     return torch.from_numpy(z / (1 + pow(2.718281828459045, -beta * z))).to(x.dtype)
 
 
-@swish.register_fake  # type: ignore[untyped-decorator]
+@swish.register_fake
 def _(x: Tensor, beta: float) -> Tensor:
     return torch.empty_like(x)
 
