@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -529,7 +530,38 @@ def judge(network: Network, tolerance: float = 1e-9) -> Verdict:
     return Verdict("sealed")
 
 
-def tally(verdicts: list[tuple[Network, Verdict]]) -> dict[str, collections.Counter[str]]:
+Judged = list[tuple[Network, Verdict]]
+
+
+def judge_many(count: int, start: int, mixing: bool = True, each: Callable[[Judged], None] | None = None) -> Judged:
+    """``count`` networks that differ in their layers, drawn by Hypothesis from the seeds ``start``, ``start + 1``, ..."""
+    judged: Judged = []
+    seen: set[str] = set()
+    while len(seen) < count:
+
+        @seed(start)
+        @settings(
+            max_examples=count - len(seen),
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+            deadline=None,
+            derandomize=False,
+            database=None,
+        )
+        @given(networks(mixing=mixing))
+        def run(network: Network) -> None:
+            if network.text not in seen:
+                seen.add(network.text)
+                judged.append((network, judge(network)))
+                if each is not None:
+                    each(judged)
+
+        run()
+        start += 1
+    return judged
+
+
+def tally(verdicts: Judged) -> dict[str, collections.Counter[str]]:
     """Counts by kind, and within the refused by the first words of the reason, numbers and names left out."""
     found: dict[str, collections.Counter[str]] = {
         "kinds": collections.Counter(),
