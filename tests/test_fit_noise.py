@@ -156,7 +156,7 @@ def test_a_record_with_a_non_finite_gradient_contributes_zero_and_nothing_tells(
 def test_callbacks_and_history_hold_public_numbers_only() -> None:
     seen: list[StepInfo] = []
     result = run(None, callbacks=[seen.append], eval_fn=lambda model: 0.5)
-    public = {"step", "steps", "learning_rate", "epsilon"}
+    public = {"step", "steps", "learning_rate", "epsilon", "phase"}
     assert all({name for name in dir(info) if not name.startswith("_")} == public for info in seen)
     assert [info.step for info in seen] == list(range(1, 13))
     assert all(0 < info.epsilon <= 8 for info in seen)

@@ -21,7 +21,7 @@ from onnx_cases import compiled, flat  # noqa: E402
 
 from dpbitfit_fx.compile import compile as compile_step  # noqa: E402
 from dpbitfit_fx.errors import ArtifactError, ExportError  # noqa: E402
-from dpbitfit_fx.onnx_check import check_onnx  # noqa: E402
+from dpbitfit_fx.onnx_check import _cancelled, check_onnx  # noqa: E402
 from dpbitfit_fx.onnx_export import RANDOM_OPS, AdamW, export_onnx, resolve_optimizer  # noqa: E402
 from dpbitfit_fx.onnx_lowering import Lowered  # noqa: E402
 from dpbitfit_fx.ort_runner import OrtTrainer, read_manifest  # noqa: E402
@@ -218,3 +218,10 @@ def test_a_step_whose_gradients_stay_factored_exports_and_names_its_clipping(tmp
 def test_a_manifest_with_a_clipping_that_nobody_knows_gives_no_statement() -> None:
     with pytest.raises(ArtifactError, match="clipping 'Mine', which this version does not know"):
         OrtTrainer.statement(SimpleNamespace(manifest={"clipping": {"type": "Mine"}}))  # type: ignore[arg-type]
+
+
+def test_the_check_of_adams_step_makes_room_for_a_gradient_that_cancels_and_for_no_other() -> None:
+    step = SimpleNamespace(noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=48.0)
+    plain = _cancelled(step, torch.tensor([1.0, -0.5]), torch.tensor([0.5, 1.5]), 1e-8)
+    cancels = _cancelled(step, torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.5]), 1e-8)
+    assert plain < 1e-6 and 0.1 < cancels <= 2.0
