@@ -210,7 +210,7 @@ class PrivateStep:
             )
         self._check_flat(accumulator, "accumulator")
         self._check_flat(noise, "noise")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             result: torch.Tensor = self.update.module(accumulator, noise)[0]
         return result
 

@@ -58,7 +58,7 @@ class Engine:
         with global_random_state_kept(), torch.no_grad():
             accumulator = self.update.zero_accumulator()
             for batch in self.batches.split(rows, secret):
-                accumulator = self._accumulate(batch, accumulator)
+                accumulator = self._accumulate(batch, accumulator, secret)
             return accumulator
 
     def drawn_sum(self, key: SecretKey, step: int) -> torch.Tensor:
@@ -74,20 +74,23 @@ class Engine:
         with torch.no_grad():
             return update.unflatten(update.privatize(accumulator, noise))
 
-    def _accumulate(self, batch: PhysicalBatch, accumulator: torch.Tensor) -> torch.Tensor:
+    def _accumulate(self, batch: PhysicalBatch, accumulator: torch.Tensor, secret: bytes) -> torch.Tensor:
         step = self.compiled[batch.bucket]
         try:
             return step.accumulate(batch.batch, batch.sample_mask, accumulator)
         except DPBitFitError:
             raise
-        except (IndexError, ValueError, RuntimeError):
+        except Exception as error:
             for row in batch.rows:
-                self._blame(row, step)
-            raise
+                self._blame(row, step, secret)
+            raise DataError(
+                f"The model fails with {type(error).__name__} on some records of the dataset together, and on none of them "
+                f"alone. The message is withheld because it may quote a record."
+            ) from None
 
-    def _blame(self, row: int, step: PrivateStep) -> None:
-        """Names the record on which the model fails by itself, and nothing else of the draw."""
-        bucket, values = self.batches.load(row, b"")
+    def _blame(self, row: int, step: PrivateStep, secret: bytes) -> None:
+        """Names the record, as it was loaded for this step, on which the model fails by itself, and nothing else."""
+        bucket, values = self.batches.load(row, secret)
         alone = self.batches.assemble(bucket, [values], [row])
         try:
             step.accumulate(alone.batch, alone.sample_mask, step.zero_accumulator())

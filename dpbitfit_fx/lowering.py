@@ -94,7 +94,8 @@ class Lowered:
             for i in self.joint.inputs
             if i.role in (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
         ]
-        with torch.no_grad():
+        # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
+        with torch.no_grad(), torch.autocast(sample_mask.device.type, enabled=False):
             result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]
         return result
 

@@ -100,9 +100,10 @@ class StepLedger:
         return next((phase for phase in range(last) if step < self.start(phase + 1)), last)
 
     def taken(self, step: int) -> list[int]:
-        """Steps taken in each phase when `step` are done in all."""
-        phases = range(len(self.planned))
-        return [min(max(0, step - self.start(phase)), self.limit(phase)) for phase in phases]
+        """Steps taken in each phase when `step` are done in all; beyond the plan's end they are the last phase's."""
+        last = len(self.planned) - 1
+        ends = [self.limit(phase) if phase < last else step for phase in range(last + 1)]
+        return [min(max(0, step - self.start(phase)), end) for phase, end in enumerate(ends)]
 
     def charge(self, step: int, lost: int) -> None:
         """Books `step`, `step` + 1, … as lost, each in its own phase."""

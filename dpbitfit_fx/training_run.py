@@ -184,6 +184,15 @@ class TrainingRun:
                 "run's arguments to continue it, or pass resume=False, overwrite=True to give it up: what it has spent "
                 "is then kept in the folder and counted in this run."
             )
+        limit = _ledger(self.mechanism, state.charged_steps).total
+        begun = max([state.step, *(entry.step + 1 for entry in pending)])
+        if begun > limit:
+            raise CheckpointError(
+                f"The output folder holds an unfinished run of which {begun} steps are taken, more than the {limit} that "
+                "this call would take. Nothing was changed. Repeat that run's epochs or max_steps to continue it, or pass "
+                "resume=False, overwrite=True to give it up: what it has spent is then kept in the folder and counted in "
+                "this run."
+            )
         shapes = {name: tuple(parameter.shape) for name, parameter in self.trainables.items()}
         if {name: tuple(value.shape) for name, value in state.trainables.items()} != shapes:
             raise CheckpointError(
@@ -243,7 +252,7 @@ def _comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
     return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier", "prior")} | {
         "rates": [plan["sample_rate"] for plan in plans],
         "steps": [plan["steps"] for plan in plans[:-1]],
-        "shortened": len(plans) > 1 and mechanism["shortened"],
+        "shortened": mechanism["shortened"],
     }
 
 
@@ -280,6 +289,7 @@ def make_statement(
 ) -> PrivacyStatement:
     """What privacy.json says of a run in which `step` steps were taken and those in the ledger lost."""
     taken = ledger.taken(step) if taken is None else taken
+    assert sum(taken) == step, "every step that was taken is in the statement"
     samplers = [PoissonSampler.from_dict(phase["sampler"]) for phase in mechanism["phases"]]
     sigma, size = mechanism["noise_multiplier"], mechanism["dataset_size"]
     records = [

@@ -10,7 +10,8 @@ idx [B, N], E [B, N, d]. A weight used several times has its uses side by side a
 
 Float rounding: the float32 product errs by about 1e-7 of ``c_i sqrt(bound_i)``, which terms that cancel can make far larger
 than ``c_i |M_i|``. So the norm that clips is at least ``sqrt(bound) / 100``: never smaller than the true one, and the sum
-errs by at most about 1e-5 R. Rows with ``|G_i|`` of 1e20 or more contribute zero, so that ``c_i G_i`` cannot overflow.
+errs by about 1e-5 R; 8e-5 R was the worst seen, for 2,048 tokens that cancel. Rows with ``|G_i|`` of 1e20 or more contribute
+zero, so that ``c_i G_i`` cannot overflow.
 """
 
 from __future__ import annotations

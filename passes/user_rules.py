@@ -22,6 +22,7 @@ from .torch_private import as_overload, tree_flatten, tree_unflatten
 from .unify import where
 
 RULES: dict[Any, Callable[..., Any]] = {}
+SPOILS = (float("nan"), float("inf"), 1e4, -1e4)  # what other rows may hold
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -119,9 +120,12 @@ class _Call:
         for i, expected in enumerate(theirs):
             self._compare([x[i] for x in together], expected, "for several samples at once")
         for i in range(len(self.rows)):
-            others = [self.rows[j] if j == i else self._spoiled(self.rows[j]) for j in range(len(self.rows))]
+            spoils = [
+                [self.rows[j] if j == i else self._spoiled(self.rows[j], value) for j in range(len(self.rows))]
+                for value in SPOILS
+            ]
             moved = [self.rows[j] if j == i else self.rows[(j + 1) % len(self.rows)] for j in range(len(self.rows))]
-            for batch in (others, moved):
+            for batch in (*spoils, moved):
                 spoiled = self._try(functools.partial(self._batched, batch))
                 if not all(_bitwise(a[i], b[i]) for a, b in zip(spoiled, together, strict=True)):
                     raise CompileRefused(
@@ -173,11 +177,11 @@ class _Call:
         gradients, (_, outputs) = vmap(grad_and_value(run, argnums=wanted, has_aux=True), in_dims=dims)(*tensors)
         return [*outputs, *gradients]
 
-    def _spoiled(self, row: list[Any]) -> list[Any]:
+    def _spoiled(self, row: list[Any], value: float) -> list[Any]:
         garbage = list(row)
         for i in self.batched:
             x = row[i]
-            garbage[i] = torch.full_like(x, float("nan")) if x.dtype.is_floating_point else torch.zeros_like(x)
+            garbage[i] = torch.full_like(x, value) if x.dtype.is_floating_point else torch.zeros_like(x)
         return garbage
 
     def _compare(self, ours: list[Tensor], theirs: list[Tensor], when: str) -> None:

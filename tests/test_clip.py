@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fit_cases import mlp, mlp_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -335,3 +336,15 @@ def test_a_bound_that_bounds_nothing_is_refused(bound: Any) -> None:
 def test_a_gamma_that_divides_by_nothing_is_refused(gamma: Any) -> None:
     with pytest.raises(ValueError, match="gamma"):
         AutomaticClipping(1.0, gamma=gamma)
+
+
+def test_autocast_around_a_step_changes_no_bit_of_it() -> None:
+    """Behind a norm in float64, a weighted sum rounded to bfloat16 would exceed R."""
+    step = compile_step(mlp(), mlp_loss, (torch.randn(4, 4), torch.tensor([0, 1, 1, 0])), clipping=FlatClipping(1e-3))
+    step = step.with_noise(1.0, 4.0)
+    batch, noise = (torch.randn(4, 4), torch.tensor([0, 1, 1, 0])), torch.randn(step.num_trainable)
+    alone = step.accumulate(batch, torch.ones(4), step.zero_accumulator())
+    with torch.autocast("cpu", torch.bfloat16):
+        total = step.accumulate(batch, torch.ones(4), step.zero_accumulator())
+        released = step.privatize(total, noise)
+    assert torch.equal(total, alone) and torch.equal(released, step.privatize(alone, noise))

@@ -17,7 +17,7 @@ from fit_cases import RECORDS, STEPS, biases, mlp, points, run
 from torch import Tensor
 
 import dpbitfit_fx
-from dpbitfit_fx.accounting import epsilon
+from dpbitfit_fx.accounting import epsilon, solve_noise_multiplier
 from dpbitfit_fx.biases import load_biases
 from dpbitfit_fx.errors import ArtifactError, CheckpointError
 from dpbitfit_fx.fit import StepInfo
@@ -313,3 +313,31 @@ def test_the_key_is_gone_when_the_run_is_finished(tmp_path: Path, monkeypatch: p
     needle = json.loads(secret)["key"].encode()
     assert not any(needle in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"max_steps": 4},
+        {"target_epsilon": 8.0, "noise_multiplier": None},
+    ],
+)
+def test_a_plan_that_would_forget_steps_already_taken_is_refused_and_nothing_is_lost(
+    tmp_path: Path, again: dict[str, Any]
+) -> None:
+    sigma = solve_noise_multiplier(PoissonSampler.from_expected_batch_size(RECORDS, 20, steps=STEPS), 8.0, 1e-3)
+    fixed = {"target_epsilon": None, "noise_multiplier": sigma}
+    crashed(tmp_path, 8, **fixed)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
+    with pytest.raises(CheckpointError, match="Nothing was changed"):
+        run(tmp_path, **fixed | again)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == files
+    result = run(tmp_path, **fixed)
+    assert (result.steps, result.statement.steps, result.charged_steps) == (STEPS, STEPS, 0)
+
+
+def test_a_longer_plan_continues_an_unfinished_run(tmp_path: Path) -> None:
+    fixed = {"target_epsilon": None, "noise_multiplier": 1.0}
+    crashed(tmp_path, 8, **fixed)
+    result = run(tmp_path, max_steps=STEPS + 3, **fixed)
+    assert result.steps == result.statement.steps == STEPS + 3

@@ -114,6 +114,17 @@ class Leaking(Folded):
         return out + 1e-7 * out.roll(1, 0), 0
 
 
+class Scaled(Folded):
+    """Folded, but rows share a scale once one of them is large; NaN elsewhere does not show it."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, beta: float) -> Any:
+        x = x.movedim(in_dims[0], 0)
+        out: Any = Folded.apply(x.flatten(0, 1), beta)
+        scale = torch.nan_to_num(x.detach().abs(), posinf=0.0).amax().clamp(min=8.0) / 8.0
+        return out.reshape(x.shape) / scale, 0
+
+
 def test_a_folded_rule_keeps_the_operator_and_calls_it_once() -> None:
     dpb.sample_rule(swish)(lambda x, beta: Folded.apply(x, beta))
     step = dpb.compile(model(), losses, points())
@@ -128,6 +139,7 @@ WRONG: dict[str, tuple[Callable[[Tensor, float], Any], str]] = {
     "another dtype": (lambda x, beta: true_rule(x, beta).double(), "gives other numbers"),
     "one output too many": (lambda x, beta: (true_rule(x, beta), x), "gives other numbers"),
     "mixes rows by its fold": (lambda x, beta: Leaking.apply(x, beta), "mixes samples"),
+    "mixes rows above a threshold": (lambda x, beta: Scaled.apply(x, beta), "mixes samples"),
     "not batchable": (
         lambda x, beta: x * torch.sigmoid(beta * x) if x.sum() > -1e9 else x,
         "fails on the example batch",
