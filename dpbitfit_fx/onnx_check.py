@@ -250,25 +250,11 @@ def check_update(
                 require(error, 10 * tolerance, f"the optimizer's moment {name!r}")
         # A change of theta keeps theta's own rounding.
         room = 4e-7 * float(np.linalg.norm(before))
-        if isinstance(optimizer, AdamW):
-            room += optimizer.lr * _cancelled(step, accumulator, noise, optimizer.eps)
         want = parameter.detach().numpy() - before
         error = max(0.0, float(np.linalg.norm((state["theta"] - old) - want)) - room) / max(
             float(np.linalg.norm(want)), 1e-30
         )
         require(error, 10 * tolerance, "the update of the parameters")
-
-
-def _cancelled(step: Any, accumulator: torch.Tensor, noise: torch.Tensor, epsilon: float) -> float:
-    """How far rounding alone can move Adam's first step, in units of the learning rate.
-
-    Adam divides a gradient by itself; where sum and noise cancel to almost nothing, what is left is their rounding.
-    """
-    a, z = accumulator.numpy().astype(np.float64), noise.numpy().astype(np.float64)
-    z *= float(step.noise_multiplier) * float(step.max_grad_norm)
-    rounding = 2.0**-23 * (np.abs(a) + np.abs(z)) / float(step.expected_batch_size)
-    left = np.abs(a + z) / float(step.expected_batch_size) + epsilon
-    return float(np.linalg.norm(np.minimum(2.0, rounding / left)))
 
 
 def check_ort_training(

@@ -34,6 +34,7 @@ from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fing
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
+from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT: Final = "dpbitfit_fx.onnx.v1"
 OPSET: Final = 18  # every runtime since 2023, and below the 21 that ONNX Runtime Training 1.19.2 reads
 IR_VERSION: Final = 10
+SMALLEST_CONSTANT: Final = 1e-6  # onnxscript's optimizer takes an added constant of 1e-8 for zero
 EXPORT_ROWS: Final = 5  # a size that no other dimension of a model is likely to have
 RANDOM_OPS: Final = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"]
@@ -204,6 +206,12 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
         raise ExportError(
             f"Exported steps are float32 on the CPU; this one is {step.dtype} on {step.device}. Convert the model with "
             "model.float().cpu() and compile it again."
+        )
+    gamma = step.clipping.gamma if isinstance(step.clipping, AutomaticClipping) else 1.0
+    if gamma < SMALLEST_CONSTANT:
+        raise ExportError(
+            f"AutomaticClipping's gamma of {gamma:g} is so small that onnxscript's optimizer would drop it. Compile with a "
+            f"gamma of at least {SMALLEST_CONSTANT:g}, or with AutoVClipping."
         )
     return step
 
@@ -431,7 +439,10 @@ class UpdateStep(torch.nn.Module):
         correct1 = (1 - torch.exp(steps * math.log(b1))).float() if b1 else torch.ones(1)
         correct2 = (1 - torch.exp(steps * math.log(b2))).float() if b2 else torch.ones(1)
         theta = theta * (1 - learning_rate * decay)
-        theta = theta - learning_rate / correct1 * m / (torch.sqrt(v) / torch.sqrt(correct2) + eps)
+        # sqrt(v) / sqrt(c) + eps, written so that eps is no constant to be added: onnxscript's optimizer takes one as small
+        # as 1e-8 for zero and drops the addition.
+        root = torch.sqrt(correct2)
+        theta = theta - learning_rate / correct1 * m / ((torch.sqrt(v) + eps * root) / root)
         return theta, m, v, t
 
 

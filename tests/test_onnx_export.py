@@ -16,16 +16,17 @@ pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
 import onnx  # noqa: E402
+from fit_cases import mlp, mlp_loss  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from onnx_cases import compiled, flat  # noqa: E402
 
 from dpbitfit_fx.compile import compile as compile_step  # noqa: E402
 from dpbitfit_fx.errors import ArtifactError, ExportError  # noqa: E402
-from dpbitfit_fx.onnx_check import _cancelled, check_onnx  # noqa: E402
+from dpbitfit_fx.onnx_check import check_onnx  # noqa: E402
 from dpbitfit_fx.onnx_export import RANDOM_OPS, AdamW, export_onnx, resolve_optimizer  # noqa: E402
 from dpbitfit_fx.onnx_lowering import Lowered  # noqa: E402
 from dpbitfit_fx.ort_runner import OrtTrainer, read_manifest  # noqa: E402
-from dpbitfit_fx.passes.clipping import PerLayerClipping  # noqa: E402
+from dpbitfit_fx.passes.clipping import AutomaticClipping, PerLayerClipping  # noqa: E402
 
 aten = torch.ops.aten
 
@@ -220,8 +221,23 @@ def test_a_manifest_with_a_clipping_that_nobody_knows_gives_no_statement() -> No
         OrtTrainer.statement(SimpleNamespace(manifest={"clipping": {"type": "Mine"}}))  # type: ignore[arg-type]
 
 
-def test_the_check_of_adams_step_makes_room_for_a_gradient_that_cancels_and_for_no_other() -> None:
-    step = SimpleNamespace(noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=48.0)
-    plain = _cancelled(step, torch.tensor([1.0, -0.5]), torch.tensor([0.5, 1.5]), 1e-8)
-    cancels = _cancelled(step, torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.5]), 1e-8)
-    assert plain < 1e-6 and 0.1 < cancels <= 2.0
+def test_adams_epsilon_survives_the_exporters_optimizer(tmp_path: Path) -> None:
+    """onnxscript takes an added constant of 1e-8 for zero; a gradient of 1e-8 then moves twice as far."""
+    step = compile_step(mlp(), mlp_loss, (torch.randn(4, 4), torch.tensor([0, 1, 1, 0])))
+    step = step.with_noise(1.0, 4.0)
+    export_onnx(
+        step, tmp_path / "pair", optimizer=AdamW(lr=0.5), sample_rate=0.1, dataset_size=40, steps=4, target_delta=1e-3
+    )
+    session = ort.InferenceSession(str(tmp_path / "pair" / "update_step.onnx"))
+    zeros = np.zeros(step.num_trainable, np.float32)
+    feed = {name: zeros for name in ("theta", "m", "v", "noise")}
+    feed |= {"accumulator": zeros + np.float32(4e-8), "learning_rate": np.array([0.5], np.float32)}
+    theta = session.run(None, feed | {"t": np.zeros(1, np.int64)})[0]
+    assert np.allclose(theta, -0.25, rtol=1e-4)
+
+
+def test_a_gamma_that_the_exporters_optimizer_would_drop_is_refused(tmp_path: Path) -> None:
+    batch = (torch.randn(4, 4), torch.tensor([0, 1, 1, 0]))
+    step = compile_step(mlp(), mlp_loss, batch, clipping=AutomaticClipping(1.0, gamma=1e-9)).with_noise(1.0, 4.0)
+    with pytest.raises(ExportError, match="gamma"):
+        export_onnx(step, tmp_path / "pair", sample_rate=0.1, dataset_size=40, steps=4, target_delta=1e-3)
