@@ -241,7 +241,9 @@ def loop(case: Case, names: tuple[str, ...], dtype: torch.dtype = torch.float32)
     params = dict(model.named_parameters())
     for row in range(POOL):
         loss = loss_fn(model, case.rows([row, row], dtype))
-        found.append(torch.autograd.grad(loss[0], [params[k] for k in names]))
+        chosen = [params[k] for k in names]
+        grads = torch.autograd.grad(loss[0], chosen, allow_unused=True)
+        found.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, chosen, strict=True)])
     return {k: torch.stack([g[i] for g in found]) for i, k in enumerate(names)}
 
 
