@@ -541,7 +541,9 @@ def judge_many(count: int, start: int, mixing: bool = True, each: Callable[[Judg
 
         @seed(start)
         @settings(
-            max_examples=count - len(seen),
+            max_examples=max(
+                20, count
+            ),  # never as few as are missing: Hypothesis's first example is always the simplest
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
             deadline=None,
@@ -550,7 +552,7 @@ def judge_many(count: int, start: int, mixing: bool = True, each: Callable[[Judg
         )
         @given(networks(mixing=mixing))
         def run(network: Network) -> None:
-            if network.text not in seen:
+            if network.text not in seen and len(seen) < count:
                 seen.add(network.text)
                 judged.append((network, judge(network)))
                 if each is not None:
