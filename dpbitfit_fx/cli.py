@@ -336,8 +336,8 @@ def inspect(
     for name, count in sorted(report.operators.items(), key=lambda item: -item[1]):
         operators.add_row(escape(name), str(count))
     console.print(operators)
-    slow = getattr(report, "slow", ())
-    console.print(f"slow operators: {escape(', '.join(map(str, slow))) if slow else 'none'}")
+    if not report.slow:  # the report's own lines name them
+        console.print("slow operators: none")
 
 
 @app.command()

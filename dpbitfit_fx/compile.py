@@ -15,7 +15,7 @@ from .lowering import Lowered, check_lowering
 from .passes import bias_slots, facts
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
-from .passes.joint_graph import AddedBias, JointGraph, Noise, Role, Source
+from .passes.joint_graph import AddedBias, JointGraph, Noise, Source
 from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
@@ -173,18 +173,10 @@ class PrivateStep:
     def _example_leaves(self) -> list[torch.Tensor]:
         return self._examples
 
-    def _values(self, joint: JointGraph, batch: list[torch.Tensor]) -> list[torch.Tensor]:
-        feeds = iter(batch)
-        return [
-            next(feeds) if i.role is Role.BATCH else joint.state[i.target].detach()
-            for i in joint.inputs
-            if i.role in (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
-        ]
-
     def per_sample_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
         """``{name: [B, *shape]}``, unclipped and un-noised. PRIVATE and without a seal: for tests and audits only."""
         with torch.no_grad():
-            outputs = self._gradients(*self._values(self._captured, self._leaves(batch)))
+            outputs = self._gradients(*self._captured.values(self._leaves(batch)))
         return dict(zip(self.trainable_names, outputs[1:], strict=True))
 
     def clipped_sum(self, batch: Any, sample_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -347,7 +339,7 @@ def check_rows(step: PrivateStep) -> None:
                 )
     mask = torch.ones(example[0].shape[0], device=step.device)
     with torch.no_grad():
-        (proved,) = step.partial.module(*step._values(step.partial, example), mask, step.zero_accumulator())
+        (proved,) = step.partial.module(*step.partial.values(example), mask, step.zero_accumulator())
     runs = step._lowered(example, mask, step.zero_accumulator())
     if not torch.allclose(runs, proved, rtol=0.0, atol=tolerance * len(mask), equal_nan=True):
         raise SealBroken(

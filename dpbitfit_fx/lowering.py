@@ -12,7 +12,7 @@ import torch
 
 from .errors import CompileRefused
 from .passes import facts
-from .passes.joint_graph import JointGraph, Role
+from .passes.joint_graph import JointGraph
 from .passes.packing import Pack, pack, pack_weights
 
 BACKENDS = ("eager", "inductor")
@@ -85,15 +85,7 @@ class Lowered:
         return sum(item.bytes for item in self.packs)
 
     def __call__(self, batch: list[torch.Tensor], sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
-        state = dict(self.joint.state)
-        for item in self.packs:
-            state[item.target] = self._packed(item)
-        feeds = iter(batch)
-        values = [
-            next(feeds) if i.role is Role.BATCH else state[i.target].detach()
-            for i in self.joint.inputs
-            if i.role in (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
-        ]
+        values = self.joint.values(batch, {item.target: self._packed(item) for item in self.packs})
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
         with torch.no_grad(), torch.autocast(sample_mask.device.type, enabled=False):
             result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]

@@ -20,7 +20,7 @@ from torch import fx
 
 from .errors import PassError
 from .ghost_sum import Ghost
-from .joint_graph import JointGraph, Role, copy_graph, finish
+from .joint_graph import JointGraph, copy_graph, finish
 from .torch_private import tree_flatten
 
 aten = torch.ops.aten
@@ -163,8 +163,7 @@ def check(before: JointGraph, after: JointGraph) -> None:
     """The factors multiply out to the gradients that they replace, on two rows of the public example batch."""
     source = before.source
     assert source is not None
-    rows = iter([x[:2] for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)])
-    values = [next(rows) if i.role is Role.BATCH else before.state[i.target].detach() for i in before.inputs]
+    values = before.values(x[:2] for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor))
     with torch.no_grad():
         ours, theirs = after.module(*values), before.module(*values)
         for target, factored, gradient in zip(before.targets, ours[1:], theirs[1:], strict=True):

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -171,6 +171,16 @@ class JointGraph:
 
     def with_role(self, role: Role) -> list[Input]:
         return [i for i in self.inputs if i.role is role]
+
+    def values(
+        self, batch: Iterable[torch.Tensor], more: Mapping[str, torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """What the trainable, frozen and batch inputs get, in order: the live state (and ``more``), and ``batch``'s leaves."""
+        state, leaves = {**self.state, **(more or {})}, iter(batch)
+        fed = (Role.TRAINABLE, Role.FROZEN, Role.BATCH)
+        return [
+            next(leaves) if i.role is Role.BATCH else state[i.target].detach() for i in self.inputs if i.role in fed
+        ]
 
     def placeholder(self, name: str) -> fx.Node:
         found: fx.Node = next(n for n in self.module.graph.nodes if n.op == "placeholder" and n.name == name)

@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from .bias_slots import applied, moved
 from .errors import CompileRefused
-from .joint_graph import JointGraph, Role, Source
+from .joint_graph import JointGraph, Source
 from .model_state import dropout_off, untouched
 from .torch_private import tree_flatten, tree_unflatten
 
@@ -98,11 +98,9 @@ def _perturb(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def run_joint(joint: JointGraph, batch: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Losses [B] and per-sample gradients of a graph that has not been clipped yet."""
-    feeds = iter(batch)
-    values = [next(feeds) if i.role is Role.BATCH else joint.state[i.target].detach() for i in joint.inputs]
     with torch.no_grad():
         try:
-            loss, *gradients = joint.module(*values)
+            loss, *gradients = joint.module(*joint.values(batch))
         except RuntimeError as error:
             raise CompileRefused(
                 f"The captured graph does not run for a batch of {batch[0].shape[0]} samples ({str(error)[:300]}): a size in "

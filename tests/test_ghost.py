@@ -101,7 +101,7 @@ def values_of(step: PrivateStep, batch: Any) -> dict[str, Tensor]:
     leaves = step._leaves(batch)
     mask = torch.ones(len(leaves[0]))
     with torch.no_grad():
-        Watch(step.partial.module).run(*step._values(step.partial, leaves), mask, step.zero_accumulator())
+        Watch(step.partial.module).run(*step.partial.values(leaves), mask, step.zero_accumulator())
     return seen
 
 
@@ -479,7 +479,7 @@ def test_a_sabotaged_ghost_is_refused_for_its_own_reason(kind: str) -> None:
 def test_a_ghost_graph_is_split_in_two_proved_halves_that_are_the_whole() -> None:
     step = tied(FlatClipping(R))
     partial, update = split(step.joint)
-    values = [*step._values(partial, step._leaves(tokens())), torch.ones(4)]
+    values = [*partial.values(step._leaves(tokens())), torch.ones(4)]
     start, z = torch.randn(step.num_trainable), torch.randn(step.num_trainable)
     (whole,) = step.joint.module(*values, start, z)
     assert torch.equal(whole, update.module(partial.module(*values, start)[0], z)[0])

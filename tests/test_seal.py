@@ -820,7 +820,7 @@ def test_both_halves_are_proved_and_are_the_whole(step: PrivateStep) -> None:
     assert seal_partial(partial) is partial
     assert [i.role for i in update.inputs] == [Role.ACCUMULATOR, Role.NOISE]
     assert Role.NOISE not in {i.role for i in partial.inputs}
-    values = [*step._values(partial, step._example_leaves()), torch.ones(4)]
+    values = [*partial.values(step._example_leaves()), torch.ones(4)]
     start, z = torch.randn(step.num_trainable), torch.randn(step.num_trainable)
     (whole,) = step.joint.module(*values, start, z)
     (halfway,) = partial.module(*values, start)
