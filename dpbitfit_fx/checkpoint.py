@@ -34,7 +34,7 @@ from dpbitfit_fx.randomness import SecretKey, stream
 
 __all__ = ["CheckpointStore", "JournalEntry", "SavedState", "decode", "encode", "key_id", "sum_digest"]
 
-FORMAT = "dpbitfit_fx.checkpoint.v2"
+FORMAT = "dpbitfit_fx.checkpoint.v3"
 _PRIVATE = 0o600
 
 
@@ -114,6 +114,7 @@ class SavedState:
 
     mechanism: what ε depends on; another mechanism cannot be continued. fingerprint: what a bit-for-bit replay depends
     on. charged_steps: steps lost, and paid for, before, in each phase. optimizer: of the phase that takes `step`.
+    average: mean of `averaged` iterates, where the run keeps one.
     """
 
     step: int
@@ -123,6 +124,8 @@ class SavedState:
     trainables: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    averaged: int = 0
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
@@ -206,6 +209,8 @@ class CheckpointStore:
         optimizer = encode(state.optimizer, tensors, "optimizer")
         for parameter, value in state.trainables.items():
             tensors[f"trainable.{parameter}"] = value.detach().cpu().clone().contiguous()
+        for parameter, value in state.average.items():
+            tensors[f"average.{parameter}"] = value.detach().cpu().clone().contiguous()
         payload = safetensors.torch.save(tensors)
         file = f"state-{state.step}-{sum(state.charged_steps)}.safetensors"
         content = {
@@ -220,6 +225,8 @@ class CheckpointStore:
             "trainables": list(state.trainables),
             "optimizer": optimizer,
             "history": state.history,
+            "average": list(state.average),
+            "averaged": state.averaged,
         }
         try:
             if not self._key_path(name).exists():
@@ -269,6 +276,8 @@ class CheckpointStore:
                 trainables={name: tensors[f"trainable.{name}"] for name in content["trainables"]},
                 optimizer=decode(content["optimizer"], tensors),
                 history=content["history"],
+                average={name: tensors[f"average.{name}"] for name in content["average"]},
+                averaged=content["averaged"],
             )
         except (OSError, ValueError, KeyError, TypeError, ArtifactError, safetensors.SafetensorError):
             raise damaged from None

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dpbitfit_fx.accounting import Prior, check_target_delta, epsilon_of_phases, resolve_prior, solve_noise_multiplier
+from dpbitfit_fx.averaging import check_average_from
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
 from dpbitfit_fx.biases import (
     ADDED_BIASES,
@@ -91,6 +92,7 @@ def fit(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
+    average_from: float | None = None,
     eval_fn: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
@@ -128,6 +130,9 @@ def fit(
             to it: `eval_fn` and callbacks see them, and it comes back with them.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
+        average_from: the trained model is the mean of the parameters after each step beyond this share of the run (of
+            its last phase), which costs no budget: 0.5 averages over the second half. `eval_fn` sees the mean so far;
+            training, callbacks and checkpoints go on from the parameters themselves. None: the last ones.
         eval_fn: called with the model at the end of every epoch, of every phase and of the run, without gradients, on
             data that you call **public**: its result is reported as it is.
         collate_fn: called with a list of **one** item.
@@ -160,6 +165,7 @@ def fit(
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
+    average_from = check_average_from(average_from)
     records = _dataset_length(dataset)
     size = records if dataset_size is None else dataset_size
     clipping = AutomaticClipping() if clipping is None else clipping
@@ -286,6 +292,7 @@ def fit(
                 },
                 store=store,
                 checkpoint_every=checkpoint_every,
+                average_from=average_from,
             )
             if store is not None and store.exists:
                 run.restore(*store.load())
@@ -295,8 +302,10 @@ def fit(
             _train(run, model, eval_fn, callbacks, progress)
 
         statement = run.statement()
+        run.save()
+        if run.average is not None:
+            run.average.apply()  # after the last checkpoint, which holds the parameters themselves
         if folder is not None and store is not None:
-            run.save()
             _write_results(folder, run, model, statement)
             store.erase()
         run.key.erase()
@@ -434,7 +443,8 @@ def _train(
             if eval_fn is not None and (run.steps_in_phase % run.stage.per_epoch == 0 or run.phase_finished):
                 entry = {"step": done, "epoch": run.epochs, "epsilon": spent()}
                 where = {"phase": run.phase} if len(run.stages) > 1 else {}
-                run.history.append(entry | where | _evaluate(model, eval_fn))
+                with run.averaged():
+                    run.history.append(entry | where | _evaluate(model, eval_fn))
             rate = float(run.optimizer.param_groups[0]["lr"])
             for callback in callbacks:
                 callback(StepInfo(done, run.ledger.total, rate, spent, run.phase))

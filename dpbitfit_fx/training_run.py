@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
+from dpbitfit_fx.averaging import TailAverage
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, encode, key_id, sum_digest
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
@@ -53,6 +55,7 @@ class TrainingRun:
         fingerprint: dict[str, Any],
         store: CheckpointStore | None,
         checkpoint_every: int,
+        average_from: float | None = None,
     ) -> None:
         self.stages = tuple(stages)
         self.key, self.store, self.checkpoint_every = key, store, checkpoint_every
@@ -68,6 +71,8 @@ class TrainingRun:
         self.trainables: dict[str, nn.Parameter] = {}
         for stage in stages:
             self.trainables |= stage.engine.update.parameters()
+        last = stages[-1].engine.update.parameters()
+        self.average = None if average_from is None else TailAverage(last, average_from)
         self.phase = 0
         self._enter(0)
 
@@ -118,6 +123,8 @@ class TrainingRun:
         self.optimizer.step()
         self.pending.pop(self.step, None)
         self.step += 1
+        if self.average is not None and self.phase == len(self.stages) - 1:
+            self.average.update(self.steps_in_phase, self.ledger.limit(self.phase))
 
     def charge(self, lost: int) -> None:
         """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
@@ -150,8 +157,18 @@ class TrainingRun:
         tracker, step, lost = self._tracker, self.steps_in_phase, self.ledger.charged[self.phase]
         return lambda: tracker.at(step, lost)
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model holds the mean of its last iterates, where the run keeps one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
     def statement(self) -> PrivacyStatement:
-        return make_statement(self.mechanism, self.ledger, self.step)
+        mechanism = self.mechanism
+        if self.average is not None:
+            fields = mechanism["statement"]
+            kept = {"average_from": self.average.share, "averaged_steps": self.average.count}
+            declared = fields["public_declarations"] | {"averaging": kept}
+            mechanism = mechanism | {"statement": fields | {"public_declarations": declared}}
+        return make_statement(mechanism, self.ledger, self.step)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -167,6 +184,8 @@ class TrainingRun:
             trainables={name: parameter.detach() for name, parameter in self.trainables.items()},
             optimizer=self.optimizer.state_dict(),
             history=self.history,
+            average={} if self.average is None else self.average.values,
+            averaged=0 if self.average is None else self.average.count,
         )
         name = key_id(self.key)
         pending = [JournalEntry(step, name, digest) for step, digest in sorted(self.pending.items())]
@@ -220,6 +239,8 @@ class TrainingRun:
             self.set_rates(self.steps_in_phase - 1)
         if exact:
             self._restore_optimizer(state)
+        if self.average is not None:
+            self.average.restore(state.average, state.averaged)
         self.history = list(state.history)
         self.pending = {entry.step: entry.digest for entry in pending}
         if self.store is not None:
