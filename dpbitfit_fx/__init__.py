@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .biases import load_biases, save_biases
     from .clipping import AutomaticClipping, AutoVClipping, FlatClipping, PerLayerClipping
     from .compile import PrivateStep, compile
-    from .errors import CompileRefused, DPBitFitError, SealBroken
+    from .errors import CompileRefused, DPBitFitError, PrivacyWarning, SealBroken
     from .fit import FitResult, fit
     from .onnx_export import export_onnx
     from .ort_export import export_ort_training
@@ -32,6 +32,7 @@ _HOMES = {
     "FlatClipping": "clipping",
     "PerLayerClipping": "clipping",
     "Phase": "phases",
+    "PrivacyWarning": "errors",
     "PrivateStep": "compile",
     "SealBroken": "errors",
     "compile": "compile",
@@ -52,6 +53,7 @@ __all__ = [
     "FlatClipping",
     "PerLayerClipping",
     "Phase",
+    "PrivacyWarning",
     "PrivateStep",
     "SealBroken",
     "compile",

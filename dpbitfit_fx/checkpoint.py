@@ -3,7 +3,8 @@
 A checkpoint folder is private: it holds the secret key. What is in it, each file of mode 0600:
 
 - `checkpoint.json`: the plan's fingerprint, the step, the charged steps, the optimizer's scalars; the commit point;
-- `state-<n>.safetensors`: the trainables and the optimizer's tensors, named and hashed by `checkpoint.json`;
+- `state-<step>-<hash>.safetensors`: the trainables and the optimizer's tensors, named by `checkpoint.json`. Its name tells
+  its content, so that no state can be written over the one that is committed;
 - `key-<id>.json`: the secret key of the draws and the noise;
 - `journal.jsonl`: one line per step, forced to disk **before** that step's noise may be released: which key, and a
   keyed digest of the clipped sum. A resumed run that recomputes the same clipped sum bit for bit releases the very same
@@ -19,7 +20,7 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -192,8 +193,18 @@ class CheckpointStore:
         return (self.folder / "checkpoint.json").exists()
 
     @property
+    def run_id(self) -> str:
+        """Of the unfinished run; raises CheckpointError where its plan cannot be read."""
+        return str(self._content()["mechanism"]["statement"]["run_id"])
+
+    @property
     def has_key(self) -> bool:
-        return any(self.folder.glob("key-*.json"))
+        """Whether the key that the checkpoint names is there, and is one."""
+        try:
+            SecretKey.load(self._key_path(self._content()["key"])).erase()
+        except (ArtifactError, PrivacyError):
+            return False
+        return True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -212,14 +223,15 @@ class CheckpointStore:
         for parameter, value in state.average.items():
             tensors[f"average.{parameter}"] = value.detach().cpu().clone().contiguous()
         payload = safetensors.torch.save(tensors)
-        file = f"state-{state.step}-{sum(state.charged_steps)}.safetensors"
+        digest = hashlib.sha256(payload).hexdigest()
+        file = f"state-{state.step}-{digest[:32]}.safetensors"
         content = {
             "format": FORMAT,
             "step": state.step,
             "charged_steps": state.charged_steps,
             "key": name,
             "state_file": file,
-            "state_sha256": hashlib.sha256(payload).hexdigest(),
+            "state_sha256": digest,
             "mechanism": state.mechanism,
             "fingerprint": state.fingerprint,
             "trainables": list(state.trainables),
@@ -231,6 +243,9 @@ class CheckpointStore:
         try:
             if not self._key_path(name).exists():
                 key.save(self._key_path(name))
+            if not self._journal_path.exists():
+                # Before the first commit: a checkpoint without a journal has lost it.
+                atomic_write_bytes(self._journal_path, b"", mode=_PRIVATE)
             atomic_write_bytes(self.folder / file, payload, mode=_PRIVATE)
             atomic_write_text(self.folder / "checkpoint.json", json.dumps(content) + "\n", mode=_PRIVATE)
         except ArtifactError as error:
@@ -247,22 +262,50 @@ class CheckpointStore:
             if old != self._key_path(name):
                 SecretKey.erase_file(old)
 
+    def _content(self) -> dict[str, Any]:
+        path = self.folder / "checkpoint.json"
+        try:
+            content = json.loads(path.read_bytes())
+            known = isinstance(content, dict) and content.get("format") == FORMAT
+        except (OSError, ValueError):
+            known = False
+        if not known:
+            raise CheckpointError(
+                f"The checkpoint in {str(self.folder)!r} is damaged or was written by another version, so the run cannot "
+                f"be continued. Nothing was changed. Start in another output_dir, and count what this run has spent: its "
+                f"plan is in {str(path)!r}."
+            )
+        found: dict[str, Any] = content
+        return found
+
+    def spent(self) -> tuple[int, list[int], dict[str, Any], int | None]:
+        """Steps in the checkpoint, steps charged in each phase, the mechanism, and how many steps may have been released
+        since (None: nobody knows). Needs neither the key nor the state.
+
+        Raises:
+            CheckpointError: the plan itself is damaged or of another version; nothing was changed.
+        """
+        content = self._content()
+        step: int = content["step"]
+        entries = self._read_journal()
+        since = None if entries is None else [e.step + 1 - step for e in entries if e.key == content["key"]]
+        return step, content["charged_steps"], content["mechanism"], None if since is None else max([0, *since])
+
     def load(self) -> tuple[SavedState, SecretKey, list[JournalEntry]]:
         """The last committed state, its key, and the steps that may have been released since.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another version; nothing was changed.
         """
-        path = self.folder / "checkpoint.json"
+        content, journal = self._content(), self._read_journal()
         damaged = CheckpointError(
-            f"The checkpoint in {str(self.folder)!r} is damaged or was written by another version, so the run cannot "
-            f"be continued. Nothing was changed. Start in another output_dir, and count what this run has spent: its "
-            f"plan is in {str(path)!r}."
+            f"The checkpoint in {str(self.folder)!r} is damaged: its state, its key or its journal is missing or is not "
+            f"what was written. So the run cannot be continued. Nothing was changed. Pass resume=False, overwrite=True to "
+            f"give it up: what it may have spent is then kept in the folder and counted in this run."
         )
+        if journal is None:
+            raise damaged
         try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != FORMAT:
-                raise damaged
             payload = (self.folder / content["state_file"]).read_bytes()
             if hashlib.sha256(payload).hexdigest() != content["state_sha256"]:
                 raise damaged
@@ -282,8 +325,11 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError, ArtifactError, safetensors.SafetensorError):
             raise damaged from None
         except PrivacyError as error:
-            raise CheckpointError(f"{error} Nothing was changed.") from error
-        pending = [entry for entry in self._read_journal() if entry.step >= state.step and entry.key == content["key"]]
+            raise CheckpointError(
+                f"{error} Nothing was changed. If the key is lost, pass resume=False, overwrite=True: what this run may "
+                f"have spent is then kept in the folder and counted."
+            ) from error
+        pending = [entry for entry in journal if entry.step >= state.step and entry.key == content["key"]]
         return state, key, pending
 
     def resume_journal(self, pending: Sequence[JournalEntry]) -> None:
@@ -303,10 +349,10 @@ class CheckpointStore:
 
     def tidy(self) -> None:
         """Removes what a finished run leaves, except the key and the lock."""
-        for name in ("checkpoint.json", "journal.jsonl"):
+        for name in ("journal.jsonl", "checkpoint.json"):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
-        for path in self.folder.glob("state-*.safetensors"):
+        for path in [*self.folder.glob("state-*.safetensors"), *self.folder.glob(".*.tmp")]:
             path.unlink()
 
     # -- the write-ahead journal ----------------------------------------------------------------------------------
@@ -334,7 +380,7 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 self._journal.close()
             self._journal = None
-        path = self.folder / "journal.jsonl"
+        path = self._journal_path
         try:
             atomic_write_bytes(path, b"".join(_line(entry) for entry in entries), mode=_PRIVATE)
             self._journal = open(path, "ab")  # noqa: SIM115 - open while the run lasts
@@ -342,20 +388,28 @@ class CheckpointStore:
             reason = describe_os_error(error, path) if isinstance(error, OSError) else str(error)
             raise CheckpointError(f"{reason} The run stopped; running the same call again continues.") from error
 
-    def _read_journal(self) -> Iterator[JournalEntry]:
+    def _read_journal(self) -> list[JournalEntry] | None:
+        """None: it is missing or damaged, and does not tell what was released."""
         try:
-            lines = (self.folder / "journal.jsonl").read_bytes().splitlines()
+            lines = self._journal_path.read_bytes().splitlines()
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
-            raise CheckpointError(describe_os_error(error, self.folder / "journal.jsonl", "read")) from error
-        for line in lines:
+            raise CheckpointError(describe_os_error(error, self._journal_path, "read")) from error
+        entries = []
+        for number, line in enumerate(lines, 1):
             try:
                 content = json.loads(line)
-                yield JournalEntry(int(content["step"]), str(content["key"]), str(content["digest"]))
+                entries.append(JournalEntry(int(content["step"]), str(content["key"]), str(content["digest"])))
             except (ValueError, KeyError, TypeError):
-                # A torn line was never synced, so its step was never released.
-                continue
+                if number < len(lines):
+                    return None
+                # Only the last line can be torn; it was never synced, so its step was never released.
+        return entries
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.folder / "journal.jsonl"
 
     def _key_path(self, name: str) -> Path:
         return self.folder / f"key-{name}.json"

@@ -146,7 +146,9 @@ def train(
         list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a finished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the results of a finished run, and count it in epsilon.")
+    ] = False,
     tuning_covered: Annotated[
         bool, typer.Option("--tuning-covered", help="Declare that nothing was tuned on these records.")
     ] = False,

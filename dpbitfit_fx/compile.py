@@ -81,12 +81,13 @@ class PrivateStep:
         known = {b.name: b for b in (*bias_slots.attached_biases(self.model), *self.joint.added)}
         return tuple(known[n] for n in self.trainable_names if n in known)
 
-    def apply_added_biases(self) -> None:
+    def apply_added_biases(self) -> list[AddedBias]:
         """Gives the model its added biases, as ``load_biases`` does: from then on it computes what the step computes.
+        Returns those that it did not have before.
 
         The parameters are the step's own, so what an optimizer writes into them is what the model adds.
         """
-        bias_slots.attach(self.model, self.joint.added, self.joint.state)
+        return bias_slots.attach(self.model, self.joint.added, self.joint.state)
 
     def biases_applied(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model has its added biases; afterwards it is as it was."""

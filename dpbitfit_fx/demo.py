@@ -299,6 +299,8 @@ def private_run(
     size = phases[-1].expected_batch_size
     assert size is not None
     clock = _Clock(len(data) / size, after=recipe.probe_steps)
+    for old in output.glob("privacy*.json"):
+        old.unlink()  # the reviews are public: every run of the demo stands for a first one
     result = fit(
         model,
         text_loss,

@@ -9,6 +9,10 @@ class PrivacyError(DPBitFitError):
     """A privacy parameter, budget, secret key or privacy statement cannot back the guarantee that was asked for."""
 
 
+class PrivacyWarning(UserWarning):
+    """The guarantee stands as stated, but the caller may take it for more than it says."""
+
+
 class DataError(DPBitFitError):
     """The user's data do not fit. Messages give row numbers, never the contents of a row."""
 
@@ -34,5 +38,6 @@ __all__ = [
     "ExportError",
     "PassError",
     "PrivacyError",
+    "PrivacyWarning",
     "SealBroken",
 ]

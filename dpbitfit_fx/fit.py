@@ -11,15 +11,24 @@ import contextlib
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dpbitfit_fx.accounting import Prior, check_target_delta, epsilon_of_phases, resolve_prior, solve_noise_multiplier
+from dpbitfit_fx.accounting import (
+    Prior,
+    check_target_delta,
+    epsilon_of_phases,
+    format_epsilon,
+    resolve_prior,
+    solve_noise_multiplier,
+)
 from dpbitfit_fx.averaging import check_average_from
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
 from dpbitfit_fx.biases import (
@@ -33,21 +42,23 @@ from dpbitfit_fx.biases import (
 )
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.engine import Engine, build_engine, graph_hash_of
-from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
+from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, ensure_output_folder, read_bytes
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
+from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
 from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
 from dpbitfit_fx.sampling import PoissonSampler
-from dpbitfit_fx.training_run import Stage, TrainingRun, abandon, frozen_digest
+from dpbitfit_fx.training_run import Stage, TrainingRun, abandon, abandoned_name, frozen_digest, statement_of_unfinished
 
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
 BIASES, STATEMENT, SUMMARY, CHECKPOINT = "biases.safetensors", "privacy.json", "summary.md", "checkpoint"
-_ABANDONED = "privacy-abandoned-*.json"
+_STATEMENTS = "privacy*.json"  # of the run that is finished, of those it replaced, of those given up
 _CHECKPOINT_EVERY = 50
 
 
@@ -126,6 +137,7 @@ def fit(
         expected_batch_size: of a Poisson draw, in records; sample_rate is this divided by N. The public denominator.
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
         trainable, exclude, add_bias, clipping, backend: as in `compile`. Default clipping: AutomaticClipping(1.0).
+            Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
             to it: `eval_fn` and callbacks see them, and it comes back with them.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
@@ -146,9 +158,9 @@ def fit(
             folder.
         checkpoint_every: logical steps between checkpoints. A killed run replays the steps since, bit for bit.
         resume: continue an unfinished run found in output_dir; a changed plan is continued with its lost steps charged.
-        overwrite: replace the results of a finished run (its privacy.json is kept beside the new one). With
-            resume=False also gives up an unfinished run, whose spent budget is kept in the folder and composed with
-            this one.
+        overwrite: replace the results of a finished run. Its privacy.json is kept beside the new one and composed with
+            this run, which is taken to be on the same records. With resume=False also gives up an unfinished run, whose
+            spent budget is kept in the folder and composed with this one.
         prior: privacy.json files or statements of earlier runs on the same records, composed exactly.
         progress: a progress bar once the run has lasted two seconds.
         callbacks: called with a StepInfo after every step.
@@ -167,6 +179,7 @@ def fit(
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
     average_from = check_average_from(average_from)
     records = _dataset_length(dataset)
+    check_distinct(dataset)
     size = records if dataset_size is None else dataset_size
     clipping = AutomaticClipping() if clipping is None else clipping
     whole = Phase(
@@ -181,17 +194,12 @@ def fit(
         lr_schedule=lr_schedule,
     )
     plan = plan_phases(phases, whole)
-    if add_bias and len(plan) > 1:
-        raise PrivacyError(
-            "add_bias=True cannot be combined with several phases: the graph of a phase that does not train the added "
-            "biases would leave them out. Call fit once for each phase, and pass the first run's privacy.json as prior= "
-            "to the second."
-        )
     samplers = [_sampler(phase, size, index, len(plan)) for index, phase in enumerate(plan)]
     delta = check_target_delta(_default_delta(size) if target_delta is None else target_delta, size)
 
     folder = None if output_dir is None else ensure_output_folder(output_dir)
     store = None if folder is None else CheckpointStore(folder / CHECKPOINT)
+    found: dict[str, PrivacyStatement] = {}
     if folder is not None and store is not None:
         store.open()
     try:
@@ -201,23 +209,24 @@ def fit(
                 abandon(store, folder)
                 store.open()
             earlier = (prior,) if isinstance(prior, (str, os.PathLike)) or not isinstance(prior, Sequence) else prior
-            prior = [*earlier, *sorted(folder.glob(_ABANDONED))]
+            found = _statements_in(folder, store)
+            prior = [*earlier, *found.values()]
         runs = resolve_prior(prior)
-        sigma = (
-            solve_noise_multiplier(samplers, target_epsilon, delta, runs)
-            if noise_multiplier is None and target_epsilon is not None
-            else noise_multiplier
-        )
-        assert sigma is not None
+        sigma = noise_multiplier
+        if sigma is None:
+            assert target_epsilon is not None
+            with _naming_statements(folder, found):
+                sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
         # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
         epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
 
-        with _model_as_found(model):
-            stages: list[Stage] = []
-            for index, (phase, sampler) in enumerate(zip(plan, samplers, strict=True)):
+        with _model_as_found(model), contextlib.ExitStack() as undo:
+
+            def engine_of(index: int) -> Engine:
+                phase, sampler = plan[index], samplers[index]
                 assert phase.trainable is not None and phase.exclude is not None and phase.clipping is not None
                 with naming_phase(index, len(plan)):
-                    engine = build_engine(
+                    return build_engine(
                         model,
                         loss_fn,
                         dataset,
@@ -236,9 +245,19 @@ def fit(
                         pad_values=pad_values,
                         example_batch=example_batch,
                     )
+
+            if add_bias and len(plan) > 1:
+                # A phase that does not train an added bias must still add it. So each is put onto the model first, by
+                # the phase that asks for it, and every phase's graph is that of the model with all of them.
+                for index in range(len(plan)):
+                    undo.callback(bias_slots.detach, model, engine_of(index).update.apply_added_biases())
+            stages: list[Stage] = []
+            for index, phase in enumerate(plan):
+                engine = engine_of(index)
+                with naming_phase(index, len(plan)):
                     if not stages:
                         check_rows(engine.batches)
-                    stages.append(_stage(phase, engine, sampler))
+                    stages.append(_stage(phase, engine, samplers[index]))
             seed = insecure_seed_for_tests
             key = SecretKey() if seed is None else SecretKey.insecure_for_tests(seed)
             first, last = stages[0].engine, stages[-1].record
@@ -298,7 +317,10 @@ def fit(
                 run.restore(*store.load())
             else:
                 run.save()
+            own = run.mechanism["statement"]["run_id"]
+            warn_of_earlier_runs(dataset, own, {run.run_id.split("/")[0] for run in runs})
             first.update.apply_added_biases()
+            undo.pop_all()
             _train(run, model, eval_fn, callbacks, progress)
 
         statement = run.statement()
@@ -405,9 +427,14 @@ def _model_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, store: CheckpointStore, *, resume: bool, overwrite: bool) -> None:
-    if store.exists and not store.has_key and (folder / BIASES).exists() and (folder / STATEMENT).exists():
-        # Killed while tidying up: the results are complete and the key is gone.
-        store.tidy()
+    if store.exists:
+        run_id = store.run_id
+        if (folder / abandoned_name(run_id)).exists() or (
+            not store.has_key and _covers(folder, statement_of_unfinished(store))
+        ):
+            # Killed while tidying up: what the run spent is written down. Any other run without a key stays unfinished.
+            store.erase()
+            store.open()
     if store.exists:
         if not resume and not overwrite:
             raise CheckpointError(
@@ -420,9 +447,42 @@ def _check_folder(folder: Path, store: CheckpointStore, *, resume: bool, overwri
     if finished and not overwrite:
         raise ArtifactError(
             f"{str(folder)!r} already holds the result of a finished run ({', '.join(finished)}). Nothing was "
-            f"changed. Choose another output_dir, or pass overwrite=True; if the records are the same, pass its "
-            f"privacy.json as prior=."
+            f"changed. Choose another output_dir (if the records are the same, pass this folder's privacy.json as "
+            f"prior=), or pass overwrite=True: the finished run is then counted in the new epsilon."
         )
+
+
+def _covers(folder: Path, spent: PrivacyStatement) -> bool:
+    """Whether the statement and the biases in the folder are this run's, and no older one's or an earlier end of it."""
+    try:
+        with safe_open(folder / BIASES, "pt") as file:
+            trained: str = file.metadata()["run_id"]
+        stated = PrivacyStatement.load(folder / STATEMENT)
+        return trained == spent.run_id == stated.run_id and spent.charged_steps <= stated.charged_steps
+    except (OSError, KeyError, TypeError, SafetensorError, ArtifactError, PrivacyError):
+        return False
+
+
+def _statements_in(folder: Path, store: CheckpointStore) -> dict[str, PrivacyStatement]:
+    """What other runs have stated in the folder, by file name; that of the run to be continued is its own."""
+    own = store.run_id if store.exists else None
+    found = {path.name: PrivacyStatement.load(path) for path in sorted(folder.glob(_STATEMENTS))}
+    # A run that went on after its result was written has stated itself twice: the later statement holds both.
+    most = {s.run_id: s.charged_steps for s in sorted(found.values(), key=lambda s: s.charged_steps)}
+    return {name: s for name, s in found.items() if s.run_id != own and s.charged_steps == most[s.run_id]}
+
+
+@contextlib.contextmanager
+def _naming_statements(folder: Path | None, found: Mapping[str, PrivacyStatement]) -> Iterator[None]:
+    try:
+        yield
+    except PrivacyError as error:
+        if not found:
+            raise
+        raise PrivacyError(
+            f"{error} Counted as earlier runs on these records: {', '.join(found)} in {str(folder)!r}. If the records "
+            f"are others, choose another output_dir."
+        ) from error
 
 
 def _train(
@@ -452,10 +512,34 @@ def _train(
             if done % run.checkpoint_every == 0 and not run.finished:
                 run.save()
     except KeyboardInterrupt:
-        saved = "" if run.store is None else " Running the same call again continues, at no extra cost."
-        raise KeyboardInterrupt(f"Interrupted after {run.step} private steps.{saved}") from None
+        raise _interrupted(run) from None
+    except Exception:
+        if run.store is None and run.begun:
+            warnings.warn(_spent(run.statement_so_far()) + _NOT_SAVED, PrivacyWarning, stacklevel=3)
+        raise
     finally:
         bar.close()
+
+
+def _interrupted(run: TrainingRun) -> KeyboardInterrupt:
+    """Says what was spent, and carries it as `statement`, which a later run takes as prior=."""
+    spent = run.statement_so_far()
+    if run.store is not None:
+        rest = " Running the same call again continues, at no extra cost."
+    else:
+        rest = _NOT_SAVED + " It is this exception's .statement, which a later run on these records takes as prior=."
+    interrupt = KeyboardInterrupt("Interrupted: " + _spent(spent) + rest)
+    interrupt.statement = spent  # type: ignore[attr-defined]
+    return interrupt
+
+
+_NOT_SAVED = " Nothing was saved (no output_dir). That much is spent if the model, or anything that was seen of the run, is kept."
+
+
+def _spent(statement: PrivacyStatement) -> str:
+    lost = f" and {statement.lost_steps} more charged" if statement.lost_steps else ""
+    epsilon = format_epsilon(statement.epsilon)
+    return f"{statement.steps} private steps were taken{lost}, epsilon = {epsilon} at delta = {statement.delta:g}."
 
 
 def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str, Any]:
@@ -474,7 +558,7 @@ def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str
 def _write_results(folder: Path, run: TrainingRun, model: nn.Module, statement: PrivacyStatement) -> None:
     """All three files; the checkpoint is still there, so that a full disk here loses nothing."""
     old = folder / STATEMENT
-    if old.exists():
+    if old.exists() and PrivacyStatement.load(old).run_id != statement.run_id:
         kept = read_bytes(old)
         atomic_write_bytes(folder / f"privacy-earlier-{hashlib.sha256(kept).hexdigest()[:12]}.json", kept)
     statement.save(old)

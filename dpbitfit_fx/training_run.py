@@ -22,7 +22,15 @@ from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
 
-__all__ = ["Stage", "TrainingRun", "abandon", "frozen_digest", "make_statement"]
+__all__ = [
+    "Stage",
+    "TrainingRun",
+    "abandon",
+    "abandoned_name",
+    "frozen_digest",
+    "make_statement",
+    "statement_of_unfinished",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class TrainingRun:
         self.fingerprint = fingerprint | {"phases": [stage.fingerprint for stage in stages]}
         self.ledger = _ledger(self.mechanism)
         self.step = 0
+        self.begun = 0  # steps whose noise was added: one more than `step` where one is under way
         self.history: list[dict[str, Any]] = []
         # Steps that may have been released by the process that was killed, with the digest of their clipped sums.
         self.pending: dict[int, str] = {}
@@ -115,6 +124,7 @@ class TrainingRun:
             return
         if self.store is not None:
             self.store.record(JournalEntry(self.step, key_id(self.key), sum_digest(self.key, self.step, accumulator)))
+        self.begun = self.step + 1
         gradient = engine.private_gradient(self.key, self.step, accumulator)
         for name, value in gradient.items():
             parameter = self.trainables[name]
@@ -169,6 +179,13 @@ class TrainingRun:
             declared = fields["public_declarations"] | {"averaging": kept}
             mechanism = mechanism | {"statement": fields | {"public_declarations": declared}}
         return make_statement(mechanism, self.ledger, self.step)
+
+    def statement_so_far(self) -> PrivacyStatement:
+        """Of a run that stops here: a step under way, which may be in the parameters already, counts as lost."""
+        ledger = _ledger(self.mechanism, self.ledger.charged)
+        taken = ledger.taken(self.step)
+        ledger.charge(self.step, max(0, self.begun - self.step, *(number + 1 - self.step for number in self.pending)))
+        return make_statement(self.mechanism, ledger, self.step, taken)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -228,7 +245,7 @@ class TrainingRun:
             for name, parameter in self.trainables.items():
                 parameter.copy_(state.trainables[name])
         self.key.erase()
-        self.key, self.step = key, state.step
+        self.key, self.step, self.begun = key, state.step, state.step
         self.ledger.charged = list(state.charged_steps)
         # Only now: an optimizer or a schedule may read the parameters it is built for.
         self._enter(self.ledger.phase_of(self.step))
@@ -245,7 +262,10 @@ class TrainingRun:
         self.pending = {entry.step: entry.digest for entry in pending}
         if self.store is not None:
             self.store.resume_journal(pending)
-        if not same:
+        if same:
+            if state.mechanism != self.mechanism:
+                self.save()  # a longer plan: what is on disk never plans fewer steps than the run may take
+        else:
             # Even with no step to pay for: nothing of the new plan may run under the old plan's key.
             self.charge(max(self.pending, default=self.step - 1) + 1 - self.step)
 
@@ -270,7 +290,8 @@ def _comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
     """What ε of each step depends on; the number of steps does not matter to the steps already taken, but it does to
     which phase a step belongs to."""
     plans = [phase["sampler"] for phase in mechanism["phases"]]
-    return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier", "prior")} | {
+    return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier")} | {
+        "prior": sorted(mechanism["prior"], key=lambda run: str(run["run_id"])),
         "rates": [plan["sample_rate"] for plan in plans],
         "steps": [plan["steps"] for plan in plans[:-1]],
         "shortened": mechanism["shortened"],
@@ -295,14 +316,14 @@ def frozen_digest(model: nn.Module, trainables: set[str]) -> str:
     return digest.hexdigest()
 
 
-def _statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
+def statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
     """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
-    state, key, pending = store.load()
-    key.erase()
-    ledger = _ledger(state.mechanism, state.charged_steps)
-    taken = ledger.taken(state.step)
-    ledger.charge(state.step, max((entry.step + 1 - state.step for entry in pending), default=0))
-    return make_statement(state.mechanism, ledger, state.step, taken)
+    step, charged, mechanism, since = store.spent()
+    ledger = _ledger(mechanism, charged)
+    taken = ledger.taken(step)
+    # Without its journal nobody knows how far the run went: then as far as it could.
+    ledger.charge(step, ledger.total - step if since is None else since)
+    return make_statement(mechanism, ledger, step, taken)
 
 
 def make_statement(
@@ -336,8 +357,12 @@ def make_statement(
     )
 
 
+def abandoned_name(run_id: str) -> str:
+    return f"privacy-abandoned-{run_id}.json"
+
+
 def abandon(store: CheckpointStore, output_dir: Path) -> None:
     """Gives up an unfinished run; its spent budget stays in the folder and is composed with whatever follows there."""
-    statement = _statement_of_unfinished(store)
-    statement.save(output_dir / f"privacy-abandoned-{statement.run_id}.json")
+    statement = statement_of_unfinished(store)
+    statement.save(output_dir / abandoned_name(statement.run_id))
     store.erase()

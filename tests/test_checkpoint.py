@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -94,11 +95,11 @@ def test_the_digest_tells_sums_apart_only_to_the_holder_of_the_key() -> None:
     assert sum_digest(other, 4, accumulator) != sum_digest(one, 4, accumulator)
 
 
-@pytest.mark.parametrize("file", ["checkpoint.json", "state-2-0.safetensors"])
+@pytest.mark.parametrize("file", ["checkpoint.json", "state-2-*.safetensors", "key-*.json"])
 def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(file: str, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "c").open()
     store.save(state_at(2), SecretKey())
-    path = tmp_path / "c" / file
+    (path,) = (tmp_path / "c").glob(file)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=r"damaged.*Nothing was changed"):
@@ -119,3 +120,33 @@ def test_every_private_file_is_readable_by_its_owner_only(tmp_path: Path) -> Non
 def test_no_step_is_journaled_without_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not open"):
         CheckpointStore(tmp_path / "c").open().record(JournalEntry(0, "k", "d"))
+
+
+def test_a_journal_that_is_missing_or_damaged_in_the_middle_does_not_pass_for_an_empty_one(tmp_path: Path) -> None:
+    key = SecretKey()
+    store = CheckpointStore(tmp_path / "c").open()
+    store.save(state_at(2), key)
+    for step in (2, 3):
+        store.record(JournalEntry(step, key_id(key), "d"))
+    store.close()
+    journal = tmp_path / "c" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert store.spent() == (2, [0], {"m": 1}, 2)
+    for content in (None, lines[0][:9] + b"\n" + lines[1]):
+        journal.unlink(missing_ok=True)
+        if content is not None:
+            journal.write_bytes(content)
+        assert store.spent() == (2, [0], {"m": 1}, None)
+        with pytest.raises(CheckpointError, match=r"its journal is missing.*resume=False, overwrite=True"):
+            store.load()
+
+
+def test_another_state_of_the_same_step_never_overwrites_the_committed_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c").open()
+    store.save(state_at(2), SecretKey())
+    (first,) = (tmp_path / "c").glob("state-*")
+    other = dataclasses.replace(state_at(2), trainables={"bias": torch.ones(3)})
+    store.save(other, SecretKey())
+    (second,) = (tmp_path / "c").glob("state-*")
+    assert first != second and torch.equal(store.load()[0].trainables["bias"], torch.ones(3))
+    store.close()

@@ -390,7 +390,6 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[DPBitFitError], str]] = 
         CompileRefused,
         r"Phase 2 of 2: .*'head\.\*' matches no parameter",
     ),
-    "added biases": (lambda: {"add_bias": True}, PrivacyError, "add_bias=True cannot be combined with several phases"),
     "a learning rate below zero": (
         lambda: {"phases": [PHASES[0], Phase(max_steps=2, learning_rate=-1.0)]},
         PrivacyError,

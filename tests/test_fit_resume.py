@@ -256,7 +256,7 @@ def test_a_finished_folder_is_not_overwritten_unless_asked(tmp_path: Path, unint
     with pytest.raises(ArtifactError, match="finished run"):
         run(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    run(tmp_path, overwrite=True, learning_rate=0.2)
+    run(tmp_path, overwrite=True, learning_rate=0.2, target_epsilon=None, noise_multiplier=1.0)
     kept = [path for path in tmp_path.glob("privacy-earlier-*.json")]
     assert [path.read_bytes() for path in kept] == [before["privacy.json"]]
 
