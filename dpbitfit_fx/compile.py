@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .dropout import draw_masks
 from .errors import CompileRefused, SealBroken
 from .lowering import Lowered, check_lowering
-from .passes import bias_slots, facts
+from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
 from .passes.joint_graph import AddedBias, JointGraph, Noise, Source
 from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
+from .randomness import SecretKey, stream
 from .report import Report, make_report
 
 
@@ -52,7 +54,9 @@ class PrivateStep:
             self.joint = rest
         self._prove()
         self._spec = captured.batch_spec
-        self._examples, self._constants, _, self._leaf_names, _ = split_batch(source.example_batch)
+        self._examples, self._constants, _, self._leaf_names, size = split_batch(source.example_batch)
+        drawn = random_draws.example(captured.draws, size)
+        self._example_masks = dict(zip(random_draws.names(captured.draws), drawn, strict=True))
         self._lowered = Lowered(self.partial, backend, disable)
         self._gradients = captured.module
 
@@ -139,7 +143,43 @@ class PrivateStep:
         """SHA-256 (hex) of the canonical text of the final graph."""
         return self.joint.digest()
 
-    def _leaves(self, batch: Any) -> list[torch.Tensor]:
+    @property
+    def dropout(self) -> bool:
+        """Whether the step takes random numbers: ``dropout=True``, and the model draws some."""
+        return bool(self._captured.draws)
+
+    def dropout_masks(
+        self, records: Sequence[int], key: SecretKey, step: int, physical_batch_size: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What the model drops, for a batch whose first rows are these records; the rest, up to the size, drop nothing.
+
+        ``dropout_keep [B, n]`` bool and ``dropout_uniform [B, m]`` float32, each where the model has such draws. A row is
+        a function of (key, step, number of the record) alone, independent of noise and Poisson draws; it is what ``fit``
+        uses for that record in that step.
+        """
+        return self._masks(records, stream(key, "records", step).bytes(32), physical_batch_size)
+
+    def _masks(self, records: Sequence[int], secret: bytes, size: int | None = None) -> dict[str, torch.Tensor]:
+        if not self.dropout:
+            return {}
+        masks = draw_masks(self._captured.draws, SecretKey.from_bytes(secret), records, size or len(records))
+        return {name: x.to(self.device) for name, x in masks.items()}
+
+    def _leaves(self, batch: Any, masks: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        leaves = self._batch_leaves(batch)
+        masks = {} if masks is None else masks
+        if masks.keys() != self._example_masks.keys():
+            raise CompileRefused(
+                f"The step was compiled {'with' if self.dropout else 'without'} dropout and takes the masks "
+                f"{sorted(self._example_masks)}; got {sorted(masks)}. Draw them with step.dropout_masks(records, key, step)."
+            )
+        for name, example in self._example_masks.items():
+            x, shape = masks[name], (leaves[0].shape[0], example.shape[1])
+            if x.shape != shape or x.dtype != example.dtype:
+                raise CompileRefused(f"{name} is {tuple(x.shape)} {x.dtype}, expected {shape} {example.dtype}.")
+        return [*leaves, *(masks[name] for name in self._example_masks)]
+
+    def _batch_leaves(self, batch: Any) -> list[torch.Tensor]:
         leaves, spec = tree_flatten(batch)
         if spec != self._spec:
             raise CompileRefused(
@@ -151,7 +191,7 @@ class PrivateStep:
                     f"The batch entry {i} was the constant {value!r} at compile and is {leaves[i]!r} now."
                 )
         tensors = [x for i, x in enumerate(leaves) if i not in self._constants]
-        for name, x, e in zip(self._leaf_names, tensors, self._example_leaves(), strict=True):
+        for name, x, e in zip(self._leaf_names, tensors, self._examples, strict=True):
             if (
                 not isinstance(x, torch.Tensor)
                 or x.dim() != e.dim()
@@ -172,23 +212,39 @@ class PrivateStep:
         return tensors
 
     def _example_leaves(self) -> list[torch.Tensor]:
-        return self._examples
+        return [*self._examples, *(x.to(self.device) for x in self._example_masks.values())]
 
-    def per_sample_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
+    def per_sample_gradients(
+        self, batch: Any, dropout_masks: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """``{name: [B, *shape]}``, unclipped and un-noised. PRIVATE and without a seal: for tests and audits only."""
         with torch.no_grad():
-            outputs = self._gradients(*self._captured.values(self._leaves(batch)))
+            outputs = self._gradients(*self._captured.values(self._leaves(batch, dropout_masks)))
         return dict(zip(self.trainable_names, outputs[1:], strict=True))
 
-    def clipped_sum(self, batch: Any, sample_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def clipped_sum(
+        self,
+        batch: Any,
+        sample_mask: torch.Tensor | None = None,
+        dropout_masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """``{name: [*shape]}``: the sum of clipped gradients of the rows with a non-zero mask; sensitivity R. PRIVATE."""
-        size = self._leaves(batch)[0].shape[0]
+        size = self._batch_leaves(batch)[0].shape[0]
         mask = torch.ones(size, device=self.device) if sample_mask is None else sample_mask
-        return self.unflatten(self.accumulate(batch, mask, self.zero_accumulator()))
+        return self.unflatten(self.accumulate(batch, mask, self.zero_accumulator(), dropout_masks))
 
-    def accumulate(self, batch: Any, sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
-        """``accumulator + clipped sum`` [D], a new tensor; secret until :meth:`privatize` (PARTIAL seal)."""
-        leaves = self._leaves(batch)
+    def accumulate(
+        self,
+        batch: Any,
+        sample_mask: torch.Tensor,
+        accumulator: torch.Tensor,
+        dropout_masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``accumulator + clipped sum`` [D], a new tensor; secret until :meth:`privatize` (PARTIAL seal).
+
+        ``dropout_masks``: of :meth:`dropout_masks`, where the step was compiled with dropout.
+        """
+        leaves = self._leaves(batch, dropout_masks)
         if sample_mask.shape != (leaves[0].shape[0],):
             raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
         self._check_flat(accumulator, "accumulator")
@@ -246,6 +302,7 @@ def compile(  # the name users of torch.compile expect
     expected_batch_size: float | None = None,
     public_tensors: bool = False,
     ghost_norms: bool | None = None,
+    dropout: bool = False,
     disable: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> PrivateStep:
@@ -259,6 +316,9 @@ def compile(  # the name users of torch.compile expect
     (linear layers, convolutions, ``matmul`` and ``einsum``), named as its layer would name it. They are the step's
     (:meth:`PrivateStep.parameters`); the model is not touched until :meth:`PrivateStep.apply_added_biases`.
     ``ghost_norms``: large gradients stay factored where that is cheaper (None), wherever it can be, or never.
+    ``dropout=True`` leaves dropout on in the modules that are in train mode (call ``model.train()``, and ``.eval()`` on its
+    BatchNorm layers): what they draw becomes an input, given for each record by :meth:`PrivateStep.dropout_masks`.
+    Otherwise modules with dropout run in eval mode.
     ``disable`` switches optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen
     weights in the layout that the CPU multiplies fastest; ``report()`` tells its size).
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
@@ -275,7 +335,9 @@ def compile(  # the name users of torch.compile expect
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms)
+    source = Source(
+        model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         captured = _capture(source, observer)

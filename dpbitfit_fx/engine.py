@@ -53,7 +53,7 @@ class Engine:
     def update(self) -> PrivateStep:
         return self.compiled[0]
 
-    def clipped_sum(self, rows: Sequence[int], secret: bytes = b"") -> torch.Tensor:
+    def clipped_sum(self, rows: Sequence[int], secret: bytes = bytes(32)) -> torch.Tensor:
         """The clipped sum over `rows`, flat, [D]. Private: only noise may follow."""
         with global_random_state_kept(), torch.no_grad():
             accumulator = self.update.zero_accumulator()
@@ -77,7 +77,8 @@ class Engine:
     def _accumulate(self, batch: PhysicalBatch, accumulator: torch.Tensor, secret: bytes) -> torch.Tensor:
         step = self.compiled[batch.bucket]
         try:
-            return step.accumulate(batch.batch, batch.sample_mask, accumulator)
+            masks = step._masks(batch.rows, secret, len(batch.sample_mask))
+            return step.accumulate(batch.batch, batch.sample_mask, accumulator, masks)
         except DPBitFitError:
             raise
         except Exception as error:
@@ -93,7 +94,8 @@ class Engine:
         bucket, values = self.batches.load(row, secret)
         alone = self.batches.assemble(bucket, [values], [row])
         try:
-            step.accumulate(alone.batch, alone.sample_mask, step.zero_accumulator())
+            masks = step._masks(alone.rows, secret, len(alone.sample_mask))
+            step.accumulate(alone.batch, alone.sample_mask, step.zero_accumulator(), masks)
         except Exception as error:
             raise DataError(
                 f"The model fails with {type(error).__name__} on row {row} of the dataset. Likely a label outside the "
@@ -114,6 +116,7 @@ def build_engine(
     trainable: str | Sequence[str] = "bias",
     exclude: str | Sequence[str] = (),
     add_bias: bool = False,
+    dropout: bool = False,
     clipping: Clipping,
     backend: str = "eager",
     public_tensors: bool = False,
@@ -145,6 +148,7 @@ def build_engine(
             trainable=selection,
             exclude=exclude,
             add_bias=add_bias,
+            dropout=dropout,
             clipping=clipping,
             backend=backend,
             public_tensors=public_tensors,

@@ -98,6 +98,7 @@ def fit(
     trainable: str | Sequence[str] = "bias",
     exclude: str | Sequence[str] = (),
     add_bias: bool = False,
+    dropout: bool = False,
     clipping: Clipping | None = None,
     backend: str = "eager",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
@@ -140,6 +141,8 @@ def fit(
             Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
             to it: `eval_fn` and callbacks see them, and it comes back with them.
+        dropout: leave dropout on in the modules that are in train mode, as in `compile`. The mask of a record in a step
+            depends on the run's secret key, the step and the record's number alone. `eval_fn` sees the model in eval mode.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
         average_from: the trained model is the mean of the parameters after each step beyond this share of the run (of
@@ -237,6 +240,7 @@ def fit(
                         trainable=phase.trainable,
                         exclude=phase.exclude,
                         add_bias=add_bias,
+                        dropout=dropout,
                         clipping=phase.clipping,
                         backend=backend,
                         public_tensors=public_tensors,
@@ -261,6 +265,7 @@ def fit(
             seed = insecure_seed_for_tests
             key = SecretKey() if seed is None else SecretKey.insecure_for_tests(seed)
             first, last = stages[0].engine, stages[-1].record
+            dropped = any(step.dropout for stage in stages for step in stage.engine.compiled)
             trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
             statement_fields = {
                 "run_id": new_run_id(),
@@ -279,6 +284,7 @@ def fit(
                     **(public_declarations or {}),
                     "target_epsilon": target_epsilon,
                     "target_delta": "by default, at most 1/(10 N)" if target_delta is None else "declared",
+                    **({"dropout": "on: masks drawn by the host for each record and step"} if dropped else {}),
                     "padded_lengths": [
                         f"{leaf.path}: {list(leaf.lengths)}" for leaf in first.batches.layout.leaves if leaf.lengths
                     ],
@@ -545,6 +551,7 @@ def _spent(statement: PrivacyStatement) -> str:
 def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str, Any]:
     modes = {module: module.training for module in model.modules()}
     try:
+        model.eval()
         with global_random_state_kept(), torch.no_grad():
             value = eval_fn(model)
     finally:

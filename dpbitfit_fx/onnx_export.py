@@ -207,6 +207,11 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
             f"Exported steps are float32 on the CPU; this one is {step.dtype} on {step.device}. Convert the model with "
             "model.float().cpu() and compile it again."
         )
+    if step.dropout:
+        raise ExportError(
+            "The step was compiled with dropout=True: its masks are drawn by Python for each record, and an exported step has "
+            "no one to draw them. Compile with dropout=False to export."
+        )
     gamma = step.clipping.gamma if isinstance(step.clipping, AutomaticClipping) else 1.0
     if gamma < SMALLEST_CONSTANT:
         raise ExportError(

@@ -31,6 +31,7 @@ class Report:
     excluded: tuple[tuple[str, str], ...] = ()
     folded: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    dropout: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -50,6 +51,7 @@ class Report:
         lines += [f"  large  {name}: {how}" for name, how in self.ghosts]
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
+        lines += [f"  dropout  {what}" for what in self.dropout]
         lines += [f"  assertion on values taken out  {what}" for what in self.dropped]
         lines += [
             f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
@@ -88,4 +90,8 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
         excluded=joint.selection.excluded,
         folded=joint.folded,
         dropped=joint.dropped,
+        dropout=tuple(
+            f"{'uniforms' if d.keep is None else f'keeps {d.keep:g}'} {list(d.shape)} a sample.{d.origin}"
+            for d in joint.draws
+        ),
     )

@@ -20,9 +20,11 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from .bias_slots import applied, fault
-from .joint_graph import AddedBias, copy_graph
-from .model_state import dropout_off, untouched
+from .joint_graph import AddedBias, Draw, copy_graph
+from .model_state import dropout_as_asked, untouched
 from .products import CONVS, LINEARS, product
+from .random_draws import example
+from .replay import replaying
 from .torch_private import module_stack
 from .trainables import ADDS, RESHAPES
 
@@ -55,19 +57,30 @@ def lacking(
     batch: Sequence[torch.Tensor],
     targets: Sequence[str],
     state: Mapping[str, torch.Tensor],
+    draws: Sequence[Draw] = (),
+    dropout: bool = False,
 ) -> Found:
-    """What may be added to the exported program of ``whole(*one sample)``, whose inputs are ``targets`` in ``state``."""
+    """What may be added to the exported program of ``whole(*one sample)``, whose inputs are ``targets`` in ``state``,
+    followed by those of the ``draws``.
+    """
     module, model, specs = program.graph_module, whole.model, program.graph_signature.input_specs
     own = dict(model.named_parameters())
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = list(zip(specs, placeholders, targets, strict=True))
+    inputs = list(zip(specs, placeholders[: len(specs)], targets, strict=True))
     names = {n: t for s, n, t in inputs if s.kind is InputKind.PARAMETER and t in own}
-    found = find(module, model, names, {n for s, n, _ in inputs if s.kind is InputKind.USER_INPUT})
+    own_batch = {n for s, n, _ in inputs if s.kind is InputKind.USER_INPUT}
+    found = find(module, model, names, own_batch.union(placeholders[len(specs) :]))
     one = [x[:1].detach().clone() for x in batch]
     rows = iter(one)
     values = [next(rows) if s.kind is InputKind.USER_INPUT else state[t].detach() for s, _, t in inputs]
-    with untouched(model), dropout_off(model):
-        _leave_out_doubtful(found, module, model, values, lambda: whole(*(x.clone() for x in one)))
+    values += [x.to(one[0].device) for x in example(draws, 1, constant=True)]
+
+    def theirs() -> Any:
+        with replaying(draws, 1):
+            return whole(*(x.clone() for x in one))
+
+    with untouched(model), dropout_as_asked(model, dropout):
+        _leave_out_doubtful(found, module, model, values, theirs)
     return found
 
 

@@ -18,14 +18,20 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functionalize, grad_and_value, vmap
 
-from . import added_biases, closures, recurrent_rules, sample_rules, trainables, user_rules
+from . import added_biases, closures, random_draws, recurrent_rules, sample_rules, trainables, user_rules
 from .checks import data_dependent_origin, drop_checks
 from .errors import CompileRefused
 from .explain import advice, first_line, unbatched, user_line
 from .exportable import Exportable
 from .functional_program import functional_program
 from .joint_graph import Input, JointGraph, Role, Source, finish
-from .model_state import dropout_off, refuse_train_mode_batchnorm, untouched
+from .model_state import (
+    dropout_as_asked,
+    no_hidden_randomness,
+    refuse_eval_mode,
+    refuse_train_mode_batchnorm,
+    untouched,
+)
 from .one_sample import ATTENTION, OneSample, masks_that_need_gradients, rule_for
 from .torch_private import (
     is_random,
@@ -88,10 +94,11 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
     whole = _Whole(source, spec, constants, len(tensors) + len(constants))
     keep_lines_of(source.loss_fn)
     one = tuple(x[:1].detach().clone() for x in tensors)
-    with untouched(source.model), dropout_off(source.model), warnings.catch_warnings():
+    with untouched(source.model), dropout_as_asked(source.model, source.dropout), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(whole, one, strict=False)
+            with no_hidden_randomness(source.dropout):
+                exported = torch.export.export(whole, one, strict=False)
             program = functional_program(exported, sample_rules.DECOMPOSED)
         except CompileRefused:
             raise
@@ -128,19 +135,34 @@ def capture(source: Source) -> JointGraph:
             by_name[name] = n
     _refuse_loss_shape(next(n for n in module.graph.nodes if n.op == "output").args[0])
     targets = [canonical.get(str(s.target), str(s.target or "").removeprefix("model.")) for s in specs]
+    slow = tuple(
+        f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
+    )
+    folded = {n.target for n in module.graph.nodes if rule_for(n.target) or n.target is ATTENTION}
+    draws, drawn = random_draws.feed(module) if source.dropout else ((), [])
+    if source.dropout and not draws:
+        refuse_eval_mode(source.model)
+    random_names = random_draws.names(draws)
+    if clash := set(random_names) & set(names):
+        raise CompileRefused(
+            f"The batch has an entry {clash.pop()!r}; with dropout=True the step's own input has that name."
+        )
     state = {**program.constants, **program.state_dict, **dict(source.model.named_parameters(remove_duplicate=False))}
     state = {k.removeprefix("model."): v for k, v in state.items()}
     state.update(dict(source.model.named_buffers(remove_duplicate=False)))
     found = added_biases.Found()
     if source.add_bias:
         whole = _Whole(source, spec, split_batch(source.example_batch)[1], spec.num_leaves)
-        found = added_biases.lacking(program, whole, tensors, targets, state)
+        found = added_biases.lacking(program, whole, tensors, targets, state, draws, source.dropout)
     selection = trainables.select(source.model, source.trainable, by_name, source.exclude, found.nodes, found.misses)
     chosen = [t.name for t in selection.targets]
     roles = []
     for s, target in zip(specs, targets, strict=True):
         is_trainable = s.kind is InputKind.PARAMETER and target in chosen
         roles.append(Role.BATCH if s.kind is InputKind.USER_INPUT else Role.TRAINABLE if is_trainable else Role.FROZEN)
+    placeholders, targets, names = placeholders + drawn, targets + random_names, names + random_names
+    roles += [Role.BATCH] * len(drawn)
+    tensors = [*tensors, *(x.to(tensors[0].device) for x in random_draws.example(draws, size))]
     added = found.named(chosen)
     placeholders += added_biases.insert(module.graph, added)
     module.recompile()
@@ -149,6 +171,7 @@ def capture(source: Source) -> JointGraph:
     state.update(added_biases.zeros(added, source.model))
     frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
     interpreter = OneSample(module)
+    interpreter.dropout = source.dropout
     interpreter.trainable_masks = masks_that_need_gradients(
         module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE]
     )
@@ -191,10 +214,6 @@ def capture(source: Source) -> JointGraph:
     )
     inputs = tuple(Input(n, r, t) for n, (r, t) in zip(nodes, labels, strict=True))
     kept = {n: state[n] for n in chosen + frozen}
-    slow = tuple(
-        f"{n.target}, unrolled over time.{where(n)}" for n in module.graph.nodes if n.target in recurrent_rules.RULES
-    )
-    folded = {n.target for n in module.graph.nodes if rule_for(n.target) or n.target is ATTENTION}
     joint_graph = JointGraph(result, inputs, selection, spec, kept, clipping=source.clipping, noise=source.noise)
     return dataclasses.replace(
         joint_graph,
@@ -203,6 +222,7 @@ def capture(source: Source) -> JointGraph:
         added=tuple(added),
         folded=tuple(sorted(map(str, folded))),
         dropped=dropped,
+        draws=draws,
     )
 
 
@@ -240,7 +260,7 @@ def _trace(joint: Any, running: OneSample, trained: Any, fixed: Any, batch: list
                     f"forward, or choose the model's own switch that avoids it.{advice(error, where(origin))}"
                 ) from error
             if node is not None and "random operation" in str(error):
-                raise CompileRefused(_random(node, place)) from error
+                raise CompileRefused(_random(node, place, running.dropout)) from error
             raise CompileRefused(
                 f"The model's operator{f' {node.target}' if node is not None and forward else 's'} could not be batched over "
                 f"samples: {first_line(error)}.{place} Data-dependent values and shapes (.item(), unique, boolean "
@@ -257,15 +277,21 @@ def _trace(joint: Any, running: OneSample, trained: Any, fixed: Any, batch: list
     drop_checks(graph)
     for node in graph.graph.nodes:
         if is_random(node):
-            raise CompileRefused(_random(node, where(node)))
+            raise CompileRefused(_random(node, where(node), running.dropout))
     graph.graph.eliminate_dead_code()
     return graph
 
 
-def _random(node: fx.Node, place: str) -> str:
+def _random(node: fx.Node, place: str, dropout: bool) -> str:
+    if dropout:
+        return (
+            f"The operator {node.target} draws random numbers that dropout=True does not cover.{place} Those that the host "
+            "can draw for each sample are dropout, bernoulli, rand and uniform: write it with one of them, or put that "
+            "module in eval mode."
+        )
     return (
-        f"The operator {node.target} draws random numbers in the model.{place} Call model.eval(), or set its dropout "
-        "probability to zero: randomness inside the graph is not part of the privacy proof."
+        f"The operator {node.target} draws random numbers in the model.{place} Call model.eval(), set its dropout "
+        "probability to zero, or compile with dropout=True: randomness inside the graph is not part of the privacy proof."
     )
 
 

@@ -27,7 +27,13 @@ MEAN_THE_SAME = {
     aten.to.device,
     aten.to.dtype_layout,
 }
-EVAL = {aten.dropout.default: 2, aten.batch_norm.default: 5}  # where the argument says that it is not in training
+EVAL = {
+    aten.dropout.default: 2,
+    aten.feature_dropout.default: 2,
+    aten.alpha_dropout.default: 2,
+    aten.feature_alpha_dropout.default: 2,
+    aten.batch_norm.default: 5,
+}  # where the argument says that it is not in training
 
 
 def functional_program(
@@ -47,7 +53,8 @@ def _stays(node: fx.Node, decomposed: Collection[Any]) -> bool:
     if node.op in ("placeholder", "output") or node.target is operator.getitem or node.target in MEAN_THE_SAME:
         return True
     if node.target in EVAL and node.target not in decomposed:
-        return len(node.args) > EVAL[node.target] and node.args[EVAL[node.target]] is False
+        idle = node.target is not aten.batch_norm.default and node.args[1] == 0.0
+        return bool(idle) or (len(node.args) > EVAL[node.target] and node.args[EVAL[node.target]] is False)
     return (
         node.op == "call_function"
         and is_op(node.target)

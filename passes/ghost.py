@@ -21,6 +21,7 @@ from torch import fx
 from .errors import PassError
 from .ghost_sum import Ghost
 from .joint_graph import JointGraph, copy_graph, finish
+from .random_draws import example
 from .torch_private import tree_flatten
 
 aten = torch.ops.aten
@@ -163,7 +164,8 @@ def check(before: JointGraph, after: JointGraph) -> None:
     """The factors multiply out to the gradients that they replace, on two rows of the public example batch."""
     source = before.source
     assert source is not None
-    values = before.values(x[:2] for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor))
+    leaves = [x[:2] for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
+    values = before.values([*leaves, *(x.to(leaves[0].device) for x in example(before.draws, len(leaves[0])))])
     with torch.no_grad():
         ours, theirs = after.module(*values), before.module(*values)
         for target, factored, gradient in zip(before.targets, ours[1:], theirs[1:], strict=True):

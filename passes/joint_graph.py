@@ -83,6 +83,22 @@ class AddedBias:
 
 
 @dataclasses.dataclass(frozen=True)
+class Draw:
+    """Random numbers that the forward of one sample takes: bools that are True with probability ``keep``, or uniforms (None).
+
+    ``origin`` says where in the user's model.
+    """
+
+    shape: tuple[int, ...]
+    keep: float | None
+    origin: str = ""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """What is trained and what is not: near misses (name, reason), unused, and what was excluded (name, pattern)."""
 
@@ -125,6 +141,7 @@ class Source:
     exclude: tuple[str, ...] = ()
     add_bias: bool = False
     ghost_norms: bool | None = None
+    dropout: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +154,7 @@ class JointGraph:
     ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy), and the name of
     each of the ``added`` biases to a parameter that the model does not have. ``folded`` names the operators of the user's
     program that a rule of ours batched, ``slow`` those that it unrolled over time, ``dropped`` the assertions on values
-    that were taken out.
+    that were taken out, ``draws`` the random numbers of one sample, which the last batch inputs hold.
     """
 
     module: fx.GraphModule
@@ -155,6 +172,7 @@ class JointGraph:
     folded: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     ghosts: tuple[tuple[str, str], ...] = ()
+    draws: tuple[Draw, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -6,6 +6,7 @@ gradients must agree. Rewrites nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,9 @@ from torch.autograd.function import BackwardCFunction
 from .bias_slots import applied, moved
 from .errors import CompileRefused
 from .joint_graph import JointGraph, Source
-from .model_state import dropout_off, untouched
+from .model_state import dropout_as_asked, untouched
+from .random_draws import example, of_row
+from .replay import replaying
 from .torch_private import tree_flatten, tree_unflatten
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 5e-3}
@@ -27,14 +30,37 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     assert joint.source is not None
     kinds, model = {"per sample", "mean", "sum"}, joint.source.model
     probes = _probes(joint.source)
-    with untouched(model), dropout_off(model), applied(model, joint.added, joint.state):
+    with (
+        untouched(model),
+        dropout_as_asked(model, joint.source.dropout),
+        applied(model, joint.added, joint.state),
+    ):
         for batch in probes:
             kinds &= _compare_at_zero(joint, batch)
             if not kinds:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(_mixing(joint, batch, what))
         _check_added(joint, probes[::3])
+        _check_draws(joint, probes[1])
     return joint
+
+
+def _check_draws(joint: JointGraph, batch: list[torch.Tensor]) -> None:
+    """Fed the same random numbers, the user's own code on one sample at a time must agree, in scale and in place."""
+    if not joint.draws or joint.source is None:
+        return
+    model = joint.source.model
+    rows = batch[0].shape[0]
+    given = [x.to(batch[0].device) for x in example(joint.draws, rows)]
+    for row in range(rows):
+        try:
+            _compare(joint, [x[row : row + 1] for x in batch], given=[x[row : row + 1] for x in given])
+        except CompileRefused as error:
+            raise CompileRefused(
+                f"dropout=True: given the same random numbers, {type(model).__name__} and the captured step disagree on one "
+                f"sample. The first of its {len(joint.draws)} draws:{joint.draws[0].origin or ' unknown.'} Leave "
+                "dropout=False, or put modules that draw out of order, or without using it, in eval mode."
+            ) from error
 
 
 def _compare_at_zero(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
@@ -96,11 +122,13 @@ def _perturb(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return x + noise * scale
 
 
-def run_joint(joint: JointGraph, batch: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_joint(
+    joint: JointGraph, batch: list[torch.Tensor], given: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Losses [B] and per-sample gradients of a graph that has not been clipped yet."""
     with torch.no_grad():
         try:
-            loss, *gradients = joint.module(*joint.values(batch))
+            loss, *gradients = joint.module(*joint.values([*batch, *given]))
         except RuntimeError as error:
             raise CompileRefused(
                 f"The captured graph does not run for a batch of {batch[0].shape[0]} samples ({str(error)[:300]}): a size in "
@@ -122,8 +150,27 @@ def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
     return loss
 
 
-def _compare(joint: JointGraph, batch: list[torch.Tensor], names: set[str] | None = None) -> set[str]:
-    """What the scalar loss can be; refuses where losses, or gradients (of ``names`` alone, if given), differ."""
+def _compare(
+    joint: JointGraph,
+    batch: list[torch.Tensor],
+    names: set[str] | None = None,
+    given: list[torch.Tensor] | None = None,
+) -> set[str]:
+    """What the scalar loss can be; refuses where losses, or gradients (of ``names`` alone, if given), differ.
+
+    given: the random numbers of a batch of one; without them everything is kept and every uniform is 1/2, in both.
+    """
+    size, draws = batch[0].shape[0], joint.draws
+    values = None if given is None else of_row(draws, given, 0)
+    if given is None:
+        given = [x.to(batch[0].device) for x in example(draws, size, constant=True)]
+    with replaying(draws, size, values):
+        return _compare_given(joint, batch, names, given)
+
+
+def _compare_given(
+    joint: JointGraph, batch: list[torch.Tensor], names: set[str] | None, given: list[torch.Tensor]
+) -> set[str]:
     source, size, coarse = joint.source, batch[0].shape[0], _rounds_to(joint)
     assert source is not None
     params = dict(source.model.named_parameters())
@@ -143,7 +190,7 @@ def _compare(joint: JointGraph, batch: list[torch.Tensor], names: set[str] | Non
                     f"loss_fn failed on a batch of {size} samples ({type(error).__name__}: {str(error)[:300]}). It must work for "
                     "every batch size, since private batches vary in size."
                 ) from error
-            captured, gradients = run_joint(joint, batch)
+            captured, gradients = run_joint(joint, batch, given)
             if loss.shape == (size,):
                 weights, kinds = (
                     torch.linspace(0.5, 1.5, size, dtype=captured.dtype, device=captured.device),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.weight_norm import WeightNorm
@@ -13,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .errors import CompileRefused
 
 CONTAINERS = (list, dict, set)
+_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _holds_tensor(value: Any, depth: int = 3) -> bool:
@@ -115,12 +118,33 @@ def refuse_written(name: str, training: bool) -> None:
     )
 
 
+def refuse_eval_mode(model: nn.Module) -> None:
+    """``dropout=True`` and nothing that draws: modules in eval mode drop nothing, which is not what was asked for."""
+    idle = [n or "the model" for n, m in model.named_modules() if not m.training and not isinstance(m, _BatchNorm)]
+    if idle:
+        raise CompileRefused(
+            f"dropout=True, but the model draws no random numbers: {len(idle)} of its modules are in eval mode, first "
+            f"{idle[0]}. Call model.train() (and .eval() on its BatchNorm layers), or leave dropout=False."
+        )
+
+
+@contextlib.contextmanager
+def no_hidden_randomness(dropout: bool) -> Iterator[None]:
+    """Refuses, where dropout is asked for, what Python's or numpy's global generator would steer unseen by the graph."""
+    before = (random.getstate(), repr(np.random.get_state()))
+    yield
+    if dropout and (random.getstate(), repr(np.random.get_state())) != before:
+        raise CompileRefused(
+            "dropout=True: the model's forward draws from Python's or numpy's random generator. What it drew while it was "
+            "captured would stay for all samples and steps. Switch that off (LayerDrop and SpecAugment do it: set "
+            "layerdrop=0 and apply_spec_augment=False, or put that module alone in eval mode), or draw with torch."
+        )
+
+
 def refuse_train_mode_batchnorm(model: nn.Module) -> None:
     """BatchNorm in train mode mixes samples and writes un-noised statistics of private data into its buffers."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) and (
-            module.training or not module.track_running_stats
-        ):
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
             raise CompileRefused(
                 f"{name or 'the model'} ({type(module).__name__}) "
                 f"{'is in train mode' if module.training else 'keeps no running statistics'}: it mixes the samples of a "
@@ -130,8 +154,11 @@ def refuse_train_mode_batchnorm(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Dropout modules are captured in eval mode, and get their own mode back."""
+def dropout_as_asked(model: nn.Module, dropout: bool) -> Iterator[None]:
+    """Without dropout, modules that drop are captured in eval mode, and get their own mode back."""
+    if dropout:
+        yield
+        return
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     modules = [
         m

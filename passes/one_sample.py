@@ -32,6 +32,7 @@ class OneSample(fx.Interpreter):
     """Runs the exported one-sample graph under vmap, with attention that knows how to be folded."""
 
     trainable_masks: set[fx.Node]
+    dropout = False
     current: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:

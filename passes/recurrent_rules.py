@@ -6,12 +6,14 @@ GRU:  r, z from both sums;  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = (1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from .errors import CompileRefused
 
 aten = torch.ops.aten
 State = tuple[Tensor, ...]
@@ -42,9 +44,20 @@ def _simple_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]
 
 
 def _run(
-    cell: Any, x: Tensor, hx: State, params: Any, biases: bool, layers: int, bidirectional: bool, batch_first: bool
+    cell: Any,
+    x: Tensor,
+    hx: State,
+    params: Any,
+    biases: bool,
+    layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    noises: Sequence[Tensor] = (),
 ) -> Any:
-    """x [T, N, C] (or [N, T, C]); returns the output sequence and the last state of every layer and direction."""
+    """x [T, N, C] (or [N, T, C]); returns the output sequence and the last state of every layer and direction.
+
+    The output of each layer but the last is multiplied by its ``noises`` [T, N, C'], if there are any.
+    """
     if batch_first:
         x = x.transpose(0, 1)
     directions = 2 if bidirectional else 1
@@ -69,14 +82,34 @@ def _run(
             sides.append(torch.stack(outputs if direction == 0 else outputs[::-1]))
             finals.append(state)
         x = sides[0] if directions == 1 else torch.cat(sides, -1)
+        if layer < len(noises):
+            x = x * noises[layer]
     last = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     return (x.transpose(0, 1) if batch_first else x, *last)
 
 
+def _check_dropout(layers: int, dropout: float, train: bool, noises: Sequence[Tensor]) -> None:
+    if train and dropout and layers - 1 != len(noises):
+        raise CompileRefused(
+            f"A recurrent net of {layers} layers is in train mode with dropout {dropout}, and its random numbers are not "
+            "inputs of the graph. Call its .eval(), or compile with dropout=True."
+        )
+
+
 def _lstm(
-    x: Tensor, hx: Any, params: Any, biases: bool, layers: int, dropout: float, train: bool, both: bool, first: bool
+    x: Tensor,
+    hx: Any,
+    params: Any,
+    biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    both: bool,
+    first: bool,
+    noises: Sequence[Tensor] = (),
 ) -> Any:
-    return _run(_lstm_cell, x, tuple(hx), params, biases, layers, both, first)
+    _check_dropout(layers, dropout, train, noises)
+    return _run(_lstm_cell, x, tuple(hx), params, biases, layers, both, first, noises)
 
 
 def _single(cell: Any) -> Callable[..., Any]:
@@ -90,8 +123,10 @@ def _single(cell: Any) -> Callable[..., Any]:
         train: bool,
         both: bool,
         first: bool,
+        noises: Sequence[Tensor] = (),
     ) -> Any:
-        return _run(cell, x, (hx,), params, biases, layers, both, first)
+        _check_dropout(layers, dropout, train, noises)
+        return _run(cell, x, (hx,), params, biases, layers, both, first, noises)
 
     return rule
 

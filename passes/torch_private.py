@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 TreeSpec = pytree.TreeSpec
 # oneDNN's linear layer with a weight in oneDNN's own layout; None in a build of torch without oneDNN.
@@ -118,15 +119,28 @@ def returns_several(target: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; fused attention does only with a dropout probability above zero."""
-    target = node.target
+    """Whether a node draws random numbers; see :func:`draws_numbers`."""
+    return draws_numbers(node.target, node.args, node.kwargs)
+
+
+def draws_numbers(target: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call draws random numbers; fused attention does only with a dropout probability above zero."""
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     names = [a.name for a in target._schema.arguments]
     if "dropout_p" not in names:
         return True
     at = names.index("dropout_p")
-    return bool((node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0)
+    return bool((args[at] if len(args) > at else kwargs.get("dropout_p", 0.0)) != 0.0)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an ATen node by name, in schema order, defaults filled in."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema.arguments}
+    given.update({a.name: x for a, x in zip(schema.arguments, node.args, strict=False)})
+    given.update(node.kwargs)
+    return given
 
 
 def argument_names(target: Any) -> list[str]:
