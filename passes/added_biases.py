@@ -73,7 +73,7 @@ def lacking(
     one = [x[:1].detach().clone() for x in batch]
     rows = iter(one)
     values = [next(rows) if s.kind is InputKind.USER_INPUT else state[t].detach() for s, _, t in inputs]
-    values += [x.to(one[0].device) for x in example(draws, 1, constant=True)]
+    values += [x.to(one[0].device) for x in example(draws, 1, constant=0.5)]
 
     def theirs() -> Any:
         with replaying(draws, 1):

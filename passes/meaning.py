@@ -158,14 +158,19 @@ def _compare(
 ) -> set[str]:
     """What the scalar loss can be; refuses where losses, or gradients (of ``names`` alone, if given), differ.
 
-    given: the random numbers of a batch of one; without them everything is kept and every uniform is 1/2, in both.
+    given: the random numbers of a batch of one; without them everything is kept, in both, and uniforms are all low, then
+    all high: whichever way they are compared, once the branch that they switch is on, and its mixing seen.
     """
     size, draws = batch[0].shape[0], joint.draws
-    values = None if given is None else of_row(draws, given, 0)
-    if given is None:
-        given = [x.to(batch[0].device) for x in example(draws, size, constant=True)]
-    with replaying(draws, size, values):
-        return _compare_given(joint, batch, names, given)
+    if given is not None:
+        with replaying(draws, size, of_row(draws, given, 0)):
+            return _compare_given(joint, batch, names, given)
+    kinds = {"per sample", "mean", "sum"}
+    for level in (0.98, 0.02) if any(d.keep is None for d in draws) else (0.98,):
+        with replaying(draws, size, constant=level):
+            made_up = [x.to(batch[0].device) for x in example(draws, size, constant=level)]
+            kinds &= _compare_given(joint, batch, names, made_up)
+    return kinds
 
 
 def _compare_given(

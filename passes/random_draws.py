@@ -190,17 +190,17 @@ def name_of(draw: Draw) -> str:
     return UNIFORM if draw.keep is None else KEEP
 
 
-def example(draws: Sequence[Draw], rows: int, constant: bool = False) -> list[Tensor]:
+def example(draws: Sequence[Draw], rows: int, constant: float | None = None) -> list[Tensor]:
     """Made-up inputs for ``rows`` samples: keep [rows, n], uniform [rows, m], each where there is one.
 
-    constant: everything is kept and every uniform is 1/2, else seeded.
+    constant: everything is kept and every uniform is this; without it, seeded.
     """
     generator = torch.Generator().manual_seed(0)  # for checks on made-up data; nothing private rides on this seed
     values: dict[str, list[Tensor]] = {}
     for draw in draws:
         u = torch.rand(rows, draw.size, generator=generator)
-        if constant:
-            u = torch.full_like(u, 0.5) if draw.keep is None else torch.full_like(u, -1.0)
+        if constant is not None:
+            u = torch.full_like(u, constant) if draw.keep is None else torch.full_like(u, -1.0)
         values.setdefault(name_of(draw), []).append(u if draw.keep is None else u < draw.keep)
     return [torch.cat(values[name], 1) for name in names(draws)]
 

@@ -23,16 +23,18 @@ aten = torch.ops.aten
 
 
 class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """``draws`` in call order, for ``rows`` samples; ``values`` of one sample, or constants (kept, 1/2) where None.
+    """``draws`` in call order, for ``rows`` samples; ``values`` of one sample, or kept and ``constant`` where None.
 
     The place among the draws is kept as the seed of torch's own generator: ``torch.utils.checkpoint`` saves and restores
     that, so what it computes again gets the same numbers. A draw of another size than the next is one that the result
     does not use (export took it out); it gets constants.
     """
 
-    def __init__(self, draws: Sequence[Draw], rows: int, values: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self, draws: Sequence[Draw], rows: int, values: Sequence[Tensor] | None = None, constant: float = 0.5
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.draws, self.rows, self.values, self.reached = draws, rows, values, 0
+        self.draws, self.rows, self.values, self.constant, self.reached = draws, rows, values, constant, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,7 +80,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reached = max(self.reached, at + 1)
         if fits and self.values is not None:
             return self.values[at].reshape(shape).to(device)
-        return torch.full(shape, 0.5 if keep is None else True, device=device)
+        return torch.full(shape, self.constant if keep is None else True, device=device)
 
 
 def _same(a: float | None, b: float | None) -> bool:
@@ -86,7 +88,9 @@ def _same(a: float | None, b: float | None) -> bool:
 
 
 @contextmanager
-def replaying(draws: Sequence[Draw], rows: int, values: Sequence[Tensor] | None = None) -> Iterator[None]:
+def replaying(
+    draws: Sequence[Draw], rows: int, values: Sequence[Tensor] | None = None, constant: float = 0.5
+) -> Iterator[None]:
     """Inside, the user's code gets ``values`` (see :class:`Replay`); nothing happens where there are no draws.
 
     Raises CompileRefused at the end if the code did not draw, in order, what one sample draws times ``rows``.
@@ -96,7 +100,7 @@ def replaying(draws: Sequence[Draw], rows: int, values: Sequence[Tensor] | None 
         return
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
         torch.default_generator.manual_seed(0)
-        with Replay(draws, rows, values) as mode:
+        with Replay(draws, rows, values, constant) as mode:
             yield
     if mode.reached < len(draws):
         draw = draws[mode.reached]

@@ -312,6 +312,14 @@ class Chosen(nn.Module):
         return h[:, torch.multinomial(torch.ones(8), 8)]
 
 
+def mixing_when_low(h: Tensor) -> Tensor:
+    return h - h.mean(0) * (torch.rand(len(h), 1) < 0.1)
+
+
+def mixing_when_high(h: Tensor) -> Tensor:
+    return h - h.mean(0) * (torch.rand(len(h), 1) > 0.9)
+
+
 def by_numpy(h: Tensor) -> Tensor:
     return h * float(np.random.rand() > 0.0001)
 
@@ -340,6 +348,8 @@ def mixing(h: Tensor) -> Tensor:
         (by_numpy, ["Python's or numpy's random generator"]),
         (by_python, ["Python's or numpy's random generator"]),
         (layer_drop, ["if torch.rand(()) > 0.1"]),
+        (mixing_when_low, ["does not mean the same sample by sample"]),
+        (mixing_when_high, ["does not mean the same sample by sample"]),
         (mixing, ["does not mean the same sample by sample"]),
     ],
 )
