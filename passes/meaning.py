@@ -167,8 +167,8 @@ def _compare(
             return _compare_given(joint, batch, names, given)
     kinds = {"per sample", "mean", "sum"}
     for level in (0.98, 0.02) if any(d.keep is None for d in draws) else (0.98,):
+        made_up = [x.to(batch[0].device) for x in example(draws, size, constant=level)]
         with replaying(draws, size, constant=level):
-            made_up = [x.to(batch[0].device) for x in example(draws, size, constant=level)]
             kinds &= _compare_given(joint, batch, names, made_up)
     return kinds
 
