@@ -39,11 +39,12 @@ class PrivateStep:
         observer: Observer | None,
         backend: str,
         disable: tuple[str, ...] = (),
+        precision: str = "float32",
     ) -> None:
         self.model = source.model
         self.loss_fn = source.loss_fn
         self.example_batch = source.example_batch
-        self.backend, self._disable = backend, disable
+        self.backend, self._disable, self.precision = backend, disable, precision
         self._source, self._captured, self._observer = source, captured, observer
         rest = run(PIPELINE[2:], captured, observer)
         self.partial, self.update = rest, None
@@ -57,7 +58,7 @@ class PrivateStep:
         self._examples, self._constants, _, self._leaf_names, size = split_batch(source.example_batch)
         drawn = random_draws.example(captured.draws, size)
         self._example_masks = dict(zip(random_draws.names(captured.draws), drawn, strict=True))
-        self._lowered = Lowered(self.partial, backend, disable)
+        self._lowered = Lowered(self.partial, backend, disable, precision)
         self._gradients = captured.module
 
     def _prove(self) -> None:
@@ -102,7 +103,7 @@ class PrivateStep:
         theirs = {b.name: other.joint.state[b.name] for b in other.joint.added}
         state = {n: theirs.get(n, p) for n, p in self._captured.state.items()}
         captured = dataclasses.replace(self._captured, state=state)
-        return PrivateStep(self._source, captured, self._observer, self.backend, self._disable)
+        return PrivateStep(self._source, captured, self._observer, self.backend, self._disable, self.precision)
 
     @property
     def trainable_shapes(self) -> dict[str, torch.Size]:
@@ -282,7 +283,7 @@ class PrivateStep:
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
         source = dataclasses.replace(self._source, noise=noise)
         captured = dataclasses.replace(self._captured, noise=noise, source=source)
-        return PrivateStep(source, captured, self._observer, self.backend, self._disable)
+        return PrivateStep(source, captured, self._observer, self.backend, self._disable, self.precision)
 
     def report(self) -> Report:
         return make_report(self.model, self.joint, self._lowered)
@@ -304,6 +305,7 @@ def compile(  # the name users of torch.compile expect
     ghost_norms: bool | None = None,
     dropout: bool = False,
     disable: Sequence[str] = (),
+    precision: str = "float32",
     observer: Observer | None = None,
 ) -> PrivateStep:
     """Compile one private step of an unedited model.
@@ -320,11 +322,13 @@ def compile(  # the name users of torch.compile expect
     BatchNorm layers): what they draw becomes an input, given for each record by :meth:`PrivateStep.dropout_masks`.
     Otherwise modules with dropout run in eval mode.
     ``disable`` switches optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen
-    weights in the layout that the CPU multiplies fastest; ``report()`` tells its size).
+    weights in the layout that the CPU multiplies fastest; ``report()`` tells its size). ``precision="bf16"`` multiplies
+    with frozen weights in bfloat16 and does all else in float32, the clip and its sums included: about half the time on a
+    CPU that has such products, the same sensitivity, gradients rounded to about three digits.
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
-    check_lowering(backend, disable)
+    check_lowering(backend, disable, precision)
     if not isinstance(model, torch.nn.Module):
         raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
     if (noise_multiplier is None) != (expected_batch_size is None):
@@ -341,7 +345,7 @@ def compile(  # the name users of torch.compile expect
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         captured = _capture(source, observer)
-        step = PrivateStep(source, captured, observer, backend, tuple(disable))
+        step = PrivateStep(source, captured, observer, backend, tuple(disable), precision)
     check_rows(step)
     return step
 
@@ -365,7 +369,7 @@ def check_rows(step: PrivateStep) -> None:
     a batch.
     """
     example = step._example_leaves()
-    coarse = any(t.dtype.itemsize < 4 for t in step.joint.targets)
+    coarse = step.precision != "float32" or any(t.dtype.itemsize < 4 for t in step.joint.targets)
     tolerance = (2e-2 if coarse else 1e-4) * step.max_grad_norm
     for size, period, rows in ((3, example[0].shape[0], (0, 1, 2)), (8, 2, (0, 1, 4, 7))):
         index = torch.arange(size) % period

@@ -119,6 +119,7 @@ def build_engine(
     dropout: bool = False,
     clipping: Clipping,
     backend: str = "eager",
+    precision: str = "float32",
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -151,6 +152,7 @@ def build_engine(
             dropout=dropout,
             clipping=clipping,
             backend=backend,
+            precision=precision,
             public_tensors=public_tensors,
         )
         for example in examples

@@ -101,6 +101,7 @@ def fit(
     dropout: bool = False,
     clipping: Clipping | None = None,
     backend: str = "eager",
+    precision: str = "float32",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
@@ -137,7 +138,7 @@ def fit(
             from these arguments. biases.safetensors then holds every parameter that any phase trained.
         expected_batch_size: of a Poisson draw, in records; sample_rate is this divided by N. The public denominator.
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
-        trainable, exclude, add_bias, clipping, backend: as in `compile`. Default clipping: AutomaticClipping(1.0).
+        trainable, exclude, add_bias, clipping, backend, precision: as in `compile`. Default clipping: AutomaticClipping(1.0).
             Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
             to it: `eval_fn` and callbacks see them, and it comes back with them.
@@ -243,6 +244,7 @@ def fit(
                         dropout=dropout,
                         clipping=phase.clipping,
                         backend=backend,
+                        precision=precision,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -279,7 +281,7 @@ def fit(
                 "dataset_size_assumed_public": dataset_size is None,
                 "tuning_covered": tuning_covered,
                 "insecure": key.insecure,
-                "backend": f"pytorch {backend}",
+                "backend": f"pytorch {backend}" + ("" if precision == "float32" else f", {precision}"),
                 "public_declarations": {
                     **(public_declarations or {}),
                     "target_epsilon": target_epsilon,
@@ -309,6 +311,7 @@ def fit(
                 fingerprint={
                     "frozen": "" if store is None else frozen_digest(model, set(trained)),
                     "backend": backend,
+                    "precision": precision,
                     "torch": torch.__version__,
                     "threads": torch.get_num_threads(),
                     "layout": [repr(leaf) for leaf in first.batches.layout.leaves],

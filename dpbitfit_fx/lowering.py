@@ -14,13 +14,15 @@ from .errors import CompileRefused
 from .passes import facts
 from .passes.joint_graph import JointGraph
 from .passes.packing import Pack, pack, pack_weights
+from .passes.torch_private import has_bfloat16_products
 
 BACKENDS = ("eager", "inductor")
 OPTIMIZATIONS = ("packed_weights",)
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check_lowering(backend: str, disable: Collection[str]) -> None:
-    """Raises CompileRefused for a backend or an optimization that does not exist, and lists those that do."""
+def check_lowering(backend: str, disable: Collection[str], precision: str = "float32") -> None:
+    """Raises CompileRefused for a backend, an optimization or a precision that does not exist (here), and says what does."""
     if backend not in BACKENDS:
         raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend == "inductor" and not any(
@@ -35,6 +37,19 @@ def check_lowering(backend: str, disable: Collection[str]) -> None:
         if name not in OPTIMIZATIONS:
             raise CompileRefused(
                 f"Unknown optimization {name!r} in disable; those that can be switched off: {', '.join(OPTIMIZATIONS)}."
+            )
+    if precision not in PRECISIONS:
+        raise CompileRefused(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if precision == "bf16":
+        if backend != "eager" or "packed_weights" in names:
+            raise CompileRefused(
+                "precision='bf16' rounds the packed frozen weights of the eager backend: it needs backend='eager', and "
+                "'packed_weights' must not be disabled."
+            )
+        if not has_bfloat16_products():
+            raise CompileRefused(
+                "precision='bf16' needs a torch with oneDNN and a CPU that multiplies bfloat16 (AVX512_BF16 or AMX): on "
+                "this machine it would be slower than float32. Use precision='float32'."
             )
 
 
@@ -62,18 +77,20 @@ class Lowered:
     """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
 
     eager: products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds
-    ``"packed_weights"``. inductor: torch.compile, one graph for every batch size.
+    ``"packed_weights"``, with ``precision="bf16"`` as bfloat16. inductor: torch.compile, one graph for every batch size.
 
     A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
     invisible to torch's version counter: compile again after one.
     """
 
-    def __init__(self, partial: JointGraph, backend: str, disable: Collection[str] = ()) -> None:
-        check_lowering(backend, disable)
+    def __init__(
+        self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
+    ) -> None:
+        check_lowering(backend, disable, precision)
         self.joint: JointGraph = partial
         self.packs: tuple[Pack, ...] = ()
         if backend == "eager" and "packed_weights" not in disable:
-            self.joint, self.packs = pack_weights(partial)
+            self.joint, self.packs = pack_weights(partial, PRECISIONS[precision])
             facts.partial(self.joint)
         module = self.joint.module
         self._call: Any = torch.compile(module, dynamic=True) if backend == "inductor" else module
@@ -95,7 +112,7 @@ class Lowered:
         sources = [self.joint.state[name] for name in item.sources]
         held = self._held.get(item.target)
         if held is None or not held.fresh(sources):
-            key = (tuple(map(id, sources)), item.module.code)
+            key = (tuple(map(id, sources)), item.module.code, item.dtype)
             held = _SHARED.get(key)
             if held is None or not held.fresh(sources):
                 held = _SHARED[key] = _Packed(item, self.joint.state)

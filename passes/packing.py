@@ -4,6 +4,14 @@
     addmm(b [C], x, W)                   ->  linear(x, P, b)
     addmm(r [N, C], x, W)                ->  linear(x, P) + r, in one call
 
+With ``dtype=torch.bfloat16`` the same products read a bfloat16 copy of the weight, packed once, and of their input, cast
+once however many products share it; they accumulate in float32 and round their result to bfloat16:
+
+    addmm(b, x, W)                       ->  float32(linear(bfloat16(x), P)) + b
+
+All else stays float32: the residual stream, norms, attention, losses, per-sample sums, the clip and the sums behind it. A
+row's norm is that of the very row that is summed, so the sensitivity is R as before; only the gradient is a rounded one.
+
 W is anything that is computed from frozen inputs alone, so the transposed weight of the backward pass is packed too. The
 same numbers up to rounding; the sealed graph (its hash, its exports) is the one before this lowering, and the template
 is matched again after it. The original weights stay inputs: when one of them changes, :func:`pack` runs again.
@@ -33,9 +41,10 @@ class Pack:
     sources: tuple[str, ...]
     module: fx.GraphModule
     bytes: int
+    dtype: torch.dtype = torch.float32
 
 
-def pack_weights(joint: JointGraph) -> tuple[JointGraph, tuple[Pack, ...]]:
+def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple[JointGraph, tuple[Pack, ...]]:
     """The graph with packed inputs (not yet in ``state``: see :func:`pack`), and the recipes of the packs.
 
     Nothing is packed where torch has no oneDNN, where the weights are not float32 on the CPU, or where the CPU lacks
@@ -56,6 +65,7 @@ def pack_weights(joint: JointGraph) -> tuple[JointGraph, tuple[Pack, ...]]:
     packs: list[Pack] = []
     inputs: list[Input] = []
     made: dict[fx.Node, fx.Node] = {}
+    rounded: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
@@ -72,15 +82,18 @@ def pack_weights(joint: JointGraph) -> tuple[JointGraph, tuple[Pack, ...]]:
             target = f"packed {len(packs)}: {', '.join(sources)}"
             with graph.inserting_after(after):
                 made[weight] = after = graph.placeholder(f"packed_{len(packs)}")
-            size = math.prod(node.meta["shape"][-1:]) * math.prod(x.meta["shape"][-1:]) * 4
-            packs.append(Pack(target, sources, recipe, size))
+            size = math.prod(node.meta["shape"][-1:]) * math.prod(x.meta["shape"][-1:]) * dtype.itemsize
+            packs.append(Pack(target, sources, recipe, size, dtype))
             inputs.append(Input(made[weight].name, Role.FROZEN, target))
         with graph.inserting_before(node):
-            if added is not None and shape == node.meta["shape"]:
+            if dtype is not torch.float32:
+                new = _rounded(graph, node, x, made[weight], added, rounded, dtype)
+            elif added is not None and shape == node.meta["shape"]:
                 new = graph.call_function(LINEAR_ADD, (x, added, made[weight], None, "add"))
             else:
                 new = graph.call_function(LINEAR, (x, made[weight], added, "none", [], ""))
-        new.meta.update(node.meta)
+        for key, value in node.meta.items():
+            new.meta.setdefault(key, value)
         node.replace_all_uses_with(new)
     if not packs:
         return joint, ()
@@ -93,7 +106,28 @@ def pack(item: Pack, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The packed weight from the frozen tensors as they are now."""
     with torch.no_grad():
         (weight,) = item.module(*(state[name].detach() for name in item.sources))
-        return pack_linear_weight(weight.t().contiguous())
+        return pack_linear_weight(weight.t().contiguous().to(item.dtype))
+
+
+def _rounded(
+    graph: fx.Graph,
+    node: fx.Node,
+    x: fx.Node,
+    weight: fx.Node,
+    added: fx.Node | None,
+    rounded: dict[fx.Node, fx.Node],
+    dtype: torch.dtype,
+) -> fx.Node:
+    """``float32(linear(dtype(x), weight)) + added`` before ``node``; ``rounded`` remembers the inputs cast so far."""
+    if x not in rounded:
+        with graph.inserting_after(x):
+            rounded[x] = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+        rounded[x].meta.update(x.meta)
+    product = graph.call_function(LINEAR, (rounded[x], weight, None, "none", [], ""))
+    product.meta.update(node.meta)
+    new = graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float32})
+    new.meta.update(node.meta)
+    return new if added is None else graph.call_function(aten.add.Tensor, (new, added))
 
 
 def _worth(joint: JointGraph, sources: set[fx.Node], node: fx.Node) -> bool:

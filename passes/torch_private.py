@@ -162,7 +162,12 @@ def can_pack() -> bool:
     return _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.backends.mkldnn.enabled)
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX); without, packed bfloat16 is slower than float32."""
+    return can_pack() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
-    """``[C, K]`` float32 in oneDNN's layout for many rows, an opaque tensor that only :data:`LINEAR` reads."""
+    """``[C, K]`` float32 or bfloat16 in oneDNN's layout for many rows, an opaque tensor that only :data:`LINEAR` reads."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return packed

@@ -164,3 +164,87 @@ def test_a_lowering_that_changes_the_numbers_is_caught() -> None:
     held.tensor = pack_linear_weight(torch.eye(96))
     with pytest.raises(dpb.SealBroken, match="the clipped sum is off by"):
         check_rows(step)
+
+
+# -- precision="bf16" -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN emulates bfloat16 products on CPUs that lack them: slow, with the same numbers."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
+
+
+@pytest.mark.usefixtures("with_bfloat16")
+class TestBfloat16:
+    def test_products_with_frozen_weights_are_rounded_once_and_nothing_else(self) -> None:
+        step = compiled(net(), precision="bf16")
+        nodes = list(step._lowered.joint.module.graph.nodes)
+        products = [n for n in nodes if n.target is LINEAR]
+        casts = [n for n in nodes if n.kwargs.get("dtype") is torch.bfloat16]
+        assert len(products) == 3 and LINEAR_ADD not in calls(step)
+        assert {n.args[0] for n in products} == set(casts)
+        for product in products:
+            (back,) = product.users
+            assert back.kwargs == {"dtype": torch.float32}
+
+    def test_an_input_that_several_products_share_is_cast_once(self) -> None:
+        class Shared(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.tanh(self.first(x))
+                logits: Tensor = self.head(torch.tanh(self.second(x) * nn.functional.linear(x, self.second.weight.t())).mean(1))
+                return logits
+
+        torch.manual_seed(0)
+        nodes = list(compiled(Shared(), precision="bf16")._lowered.joint.module.graph.nodes)
+        forward = [n for n in nodes if n.target is LINEAR][:3]
+        assert forward[1].args[0] is forward[2].args[0] is not forward[0].args[0]
+
+    def test_every_row_is_close_to_its_float32_gradient_at_every_batch_size(self) -> None:
+        model = net()
+        rounded, exact = compiled(model, precision="bf16"), compiled(model)
+        for size in (1, 2, 3, 17):
+            for row in range(size):
+                mask = torch.zeros(size)
+                mask[row] = 1.0
+                a, b = (s.accumulate(rows(size), mask, s.zero_accumulator()) for s in (rounded, exact))
+                assert torch.cosine_similarity(a, b, dim=0) >= 0.999
+                assert not torch.equal(a, b)
+
+    def test_the_sensitivity_is_still_exactly_the_clipping_norm(self) -> None:
+        for clipping in (dpb.AutomaticClipping(0.5), dpb.FlatClipping(1e-3)):
+            step = compiled(net(), precision="bf16", clipping=clipping)
+            batch = rows(17)
+            batch["x"][3] *= 1e20
+            batch["x"][4] *= 1e-20
+            for row in range(17):
+                mask = torch.zeros(17)
+                mask[row] = 1.0
+                norm = step.accumulate(batch, mask, step.zero_accumulator()).double().norm()
+                assert norm <= clipping.max_grad_norm * (1 + 1e-5)
+
+    def test_the_sealed_graph_and_its_hash_are_those_of_float32(self) -> None:
+        model = net()
+        assert compiled(model, precision="bf16").graph_hash == compiled(model).graph_hash
+
+    def test_both_precisions_of_one_model_keep_their_own_packs(self) -> None:
+        model = net()
+        rounded, exact = compiled(model, precision="bf16"), compiled(model)
+        assert rounded.report().packed_bytes * 2 == exact.report().packed_bytes
+        kinds = [s._lowered._packed(s._lowered.packs[0]).dtype for s in (rounded, exact)]
+        assert kinds == [torch.bfloat16, torch.float32]
+
+    def test_with_noise_keeps_the_precision(self) -> None:
+        assert compiled(net(), precision="bf16").with_noise(1.0, 8.0).precision == "bf16"
+
+
+def test_bfloat16_is_refused_where_it_cannot_pay_and_for_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(dpb.CompileRefused, match=r"'fp8'.*float32, bf16"):
+        compiled(net(), precision="fp8")
+    with pytest.raises(dpb.CompileRefused, match="'packed_weights' must not be disabled"):
+        compiled(net(), precision="bf16", disable=["packed_weights"])
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: False)
+    with pytest.raises(dpb.CompileRefused, match="AVX512_BF16 or AMX"):
+        compiled(net(), precision="bf16")
