@@ -40,8 +40,12 @@ def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tenso
 class MeanPooledClassifier(nn.Module):
     """A bare encoder, masked mean pooling and a new linear head whose weight and bias start at zero.
 
-    Zero keeps the start of training free of random directions, and public: it can be rebuilt from nothing.
+    Zero keeps the start of training free of random directions, and public: it can be rebuilt from nothing. The head reads
+    features of one size for every record and every model (`FEATURE_STD` in each coordinate): one clipping norm holds the
+    gradients of head and biases together, and at the size that encoders happen to give one of the two would drown.
     """
+
+    FEATURE_STD = 1.5
 
     def __init__(self, encoder: nn.Module, hidden_size: int, num_labels: int) -> None:
         super().__init__()
@@ -51,12 +55,13 @@ class MeanPooledClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """``int64[B, T], int64[B, T] -> float[B, H]``: what the head sees."""
+        """``int64[B, T], int64[B, T] -> float[B, H]``: the mean over tokens."""
         return mean_pool(self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, num_labels]``."""
-        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask))
+        features = self.features(input_ids, attention_mask)
+        logits: torch.Tensor = self.head(self.FEATURE_STD * functional.layer_norm(features, features.shape[-1:]))
         return logits
 
 
