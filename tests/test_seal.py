@@ -982,6 +982,40 @@ MIXERS: dict[str, Callable[[Parts, fx.Node], fx.Node]] = {
 }
 
 
+def floats_of(p: Parts) -> fx.Node:
+    """The floating point entry of the batch: the points, or the weights of the texts."""
+    entries = {i.target: i.name for i in p.joint.with_role(Role.BATCH)}
+    return p.named[entries.get("weight", p.batch[0].name)]
+
+
+def doubled_where_a_number_is_huge(p: Parts, g: fx.Node) -> fx.Node:
+    """A comparison with NaN is false: it shows only where another row holds a large number."""
+    huge = p.before(p.pieces[0], aten.gt.Scalar, p.before(p.pieces[0], aten.max.default, floats_of(p)), 1e3)
+    return p.before(p.pieces[0], aten.mul.Tensor, g, p.before(p.pieces[0], aten.add.Scalar, huge, 1))
+
+
+def dropped_where_a_number_is_infinite(p: Parts, g: fx.Node) -> fx.Node:
+    """A step that is skipped for everyone where one record overflows, as mixed precision does."""
+    overflow = p.before(p.pieces[0], aten.any.default, p.before(p.pieces[0], aten.isinf.default, floats_of(p)))
+    return p.before(p.pieces[0], aten.mul.Tensor, g, p.before(p.pieces[0], aten.logical_not.default, overflow))
+
+
+def flipped_where_a_number_is_very_negative(p: Parts, g: fx.Node) -> fx.Node:
+    least = p.before(p.pieces[0], aten.lt.Scalar, p.before(p.pieces[0], aten.min.default, floats_of(p)), -1e3)
+    return p.before(p.pieces[0], aten.where.self, least, p.before(p.pieces[0], aten.neg.default, g), g)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [doubled_where_a_number_is_huge, dropped_where_a_number_is_infinite, flipped_where_a_number_is_very_negative],
+)
+def test_rows_mixed_only_where_one_of_them_is_extreme_are_caught(
+    step: PrivateStep, mix: Callable[[Parts, fx.Node], fx.Node]
+) -> None:
+    with pytest.raises(SealBroken, match=r"mixes rows"):
+        check_rows(runs_instead(step, mix))
+
+
 def scaled_by_row_number(p: Parts, g: fx.Node) -> fx.Node:
     """Removing the first record moves every other one up a row: the sum may change by R for each."""
     rows = p.before(p.pieces[0], aten.sym_size.int, p.batch[0], 0)
