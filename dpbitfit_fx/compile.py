@@ -275,7 +275,9 @@ def compile(  # the name users of torch.compile expect
     clip = AutomaticClipping() if clipping is None else clipping
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     source = Source(model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms)
-    with warnings.catch_warnings():
+    # The caller's modes are not the model's: captured under no_grad it would have no gradient.
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)
+    with warnings.catch_warnings(), modes[0], modes[1], modes[2]:
         warnings.simplefilter("ignore")
         captured = _capture(source, observer)
         step = PrivateStep(source, captured, observer, backend, tuple(disable))

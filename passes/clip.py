@@ -94,7 +94,9 @@ class _Tail:
 
     def build(self, gradients: list[Any], mask: fx.Node) -> fx.Node:
         self.count = self.call(aten.sym_size.int, mask, 0)
-        ghosts = {i: GhostSum(self.graph, Ghost(*g), self.count) for i, g in enumerate(gradients) if isinstance(g, tuple)}
+        ghosts = {
+            i: GhostSum(self.graph, Ghost(*g), self.count) for i, g in enumerate(gradients) if isinstance(g, tuple)
+        }
         runs = blocks(self.layers, set(ghosts))
         sides = [ghosts.get(members[0]) or self.side(gradients, members) for _, members in runs]
         squares: list[list[fx.Node]] = [[] for _ in self.layers]
@@ -128,7 +130,9 @@ class _Tail:
     def side(self, gradients: list[Any], members: list[int]) -> fx.Node:
         """The block's gradients side by side: ``[B, sum_k numel_k]``."""
         targets = [self.joint.targets[m] for m in members]
-        views = [self.call(aten.reshape.default, gradients[m], [self.count, self.joint.targets[m].numel]) for m in members]
+        views = [
+            self.call(aten.reshape.default, gradients[m], [self.count, self.joint.targets[m].numel]) for m in members
+        ]
         side = self.call(aten.cat.default, views, 1)
         if any(t.dtype != self.joint.flat_dtype for t in targets):
             side = self.call(aten._to_copy.default, side, dtype=self.joint.flat_dtype)

@@ -40,10 +40,10 @@ class GhostMatch:
         return [v.args[0] for v in views if isinstance(v.args[0], fx.Node)]
 
 
-def match_sum(piece: Any, numel: int, count: fx.Node) -> GhostMatch:
+def match_sum(piece: Any, numel: int, batch: fx.Node) -> GhostMatch:
     """``reshape(mm(reshape(c G)', reshape(A)) + embedding_dense_backward(c E, idx), [1, p d])``, one half or both.
 
-    ``count`` is the node B: the views of the sources are ``[B, ..]``.
+    ``batch`` is the node B: the views of the sources are ``[B, ..]``.
     """
     flat = expect(piece, aten.reshape.default, WHAT)
     if as_list(flat.args[1]) != [1, numel]:
@@ -69,8 +69,8 @@ def match_sum(piece: Any, numel: int, count: fx.Node) -> GhostMatch:
             keep, scale, g = _scaled(left.args[0])
             kept, a = _kept(right.args[0])
             keeps += [(keep, scale), (kept, None)]
-            _, tokens, rows = _view(g, 3, count)
-            _, also, columns = _view(a, 3, count)
+            _, tokens, rows = _view(g, 3, batch)
+            _, also, columns = _view(a, 3, batch)
             if also != tokens or as_list(left.args[1]) != [-1, rows] or as_list(right.args[1]) != [-1, columns]:
                 raise SealBroken(f"{WHAT}: the factors are read with other shapes than the norm's.")
         else:
@@ -79,8 +79,8 @@ def match_sum(piece: Any, numel: int, count: fx.Node) -> GhostMatch:
             keep, scale, e = _scaled(add.args[0])
             keeps.append((keep, scale))
             index = add.args[1]
-            _, lookups = _view(index, 2, count)
-            _, also, width = _view(e, 3, count)
+            _, lookups = _view(index, 2, batch)
+            _, also, width = _view(e, 3, batch)
             count = add.args[2]
             if also != lookups or (columns and width != columns) or (rows and count != rows) or type(count) is not int:
                 raise SealBroken(f"{WHAT}: the rows of the index have another shape than the product's.")
@@ -117,12 +117,14 @@ def _scaled(node: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
     return keep, expect(product.args[1], aten.reshape.default, WHAT, users=None), x
 
 
-def _view(node: Any, dims: int, count: fx.Node) -> list[Any]:
+def _view(node: Any, dims: int, batch: fx.Node) -> list[Any]:
     """The sizes of a view ``[B, ..]`` of a source, whose last ones are public constants."""
     view = expect(node, aten.reshape.default, WHAT, users=None)
     sizes = as_list(view.args[1])
-    if len(sizes) != dims or sizes[0] is not count or any(type(s) is not int or s < 1 for s in sizes[1:]):
-        raise SealBroken(f"{WHAT}: a factor has the shape {sizes}; expected one row per record and {dims - 1} public sizes.")
+    if len(sizes) != dims or sizes[0] is not batch or any(type(s) is not int or s < 1 for s in sizes[1:]):
+        raise SealBroken(
+            f"{WHAT}: a factor has the shape {sizes}; expected one row per record and {dims - 1} public sizes."
+        )
     if not isinstance(view.args[0], fx.Node):
         raise SealBroken(f"{WHAT}: a factor is not computed in the graph.")
     return sizes

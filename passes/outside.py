@@ -4,7 +4,7 @@ What the capture reads is watched, not guessed from the code: no tensor reaches 
 function or as a constant that the export lifts. Allowed are what the batch brings, what the model holds (parameters,
 buffers, tensors in its modules' attributes: the report lists them), and what is made while it runs, from numbers of
 Python (``torch.arange``, ``torch.tensor([1., 2.])``). Everything else is refused: a tensor of a closure, a global, an
-object, an imported module or another network, and every numpy array.
+object, an imported module or another network, and every numpy array but those that an installed library makes itself.
 
 Not seen: numbers of Python, and tensors made of them alone. They are taken for part of the code.
 """
@@ -32,6 +32,7 @@ FORM = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")),
     *(T.size, T.dim, T.numel, T.__len__, T.is_floating_point, T.is_complex, T.stride, T.element_size, T.ndimension),
 }
+INSTALLED = ("/site-packages/", "/dist-packages/")
 DEPTH = 3  # of the nests in a module's attributes
 MADE_HERE = {aten.lift_fresh_copy.default, aten.lift_fresh.default}  # what the export reads a literal through
 
@@ -67,13 +68,14 @@ class Outside(TorchFunctionMode):
     def _is_outside(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
             return not is_fake(value) and value.numel() > 0 and _address(value) not in self._own
-        return hasattr(value, "__array_interface__") and getattr(value, "shape", ()) != ()
+        array = hasattr(value, "__array_interface__") and getattr(value, "shape", ()) != ()
+        return array and not _made_by_a_library(value)
 
     def _refuse(self, name: str, place: str) -> None:
         self.refusal = CompileRefused(
-            f"loss_fn or the model uses the tensor or array {name} from outside the batch and the model.{place} It would be baked into "
-            "the graph as public. If it holds other people's data (class weights from labels, a memory bank), pass it "
-            "through the batch; if it is public, make it a buffer of the model or say so with public_tensors=True."
+            f"loss_fn or the model uses the tensor or array {name} from outside the batch and the model.{place} It would be "
+            "baked into the graph as public. If it holds other people's data (class weights from labels, a memory bank), "
+            "pass it through the batch; if it is public, make it a buffer of the model or say so with public_tensors=True."
         )
         raise self.refusal
 
@@ -117,6 +119,19 @@ def _user_frames() -> Iterator[Any]:
         frame = frame.f_back
 
 
+def _made_by_a_library(array: Any) -> bool:
+    """A library's own line reads the array (BigBird's random blocks), and no frame of the user's code reaches it."""
+    frames = [(f, any(part in f.f_code.co_filename for part in INSTALLED)) for f in _user_frames()]
+    return (
+        bool(frames) and frames[0][1] and not any(h is array for f, own in frames if not own for _, h in _seen_from(f))
+    )
+
+
+def _seen_from(frame: Any) -> Iterator[tuple[str, Any]]:
+    used = {n: frame.f_globals[n] for n in frame.f_code.co_names if n in frame.f_globals}
+    return _reach({**used, **frame.f_locals}.items())
+
+
 def _user_frame_line() -> str:
     return next((frame_line(f) for f in _user_frames()), "")
 
@@ -125,8 +140,7 @@ def _name(value: Any) -> str:
     """What the user's code calls this object, with its shape."""
     shape = list(getattr(value, "shape", ()))
     for frame in _user_frames():
-        used = {n: frame.f_globals[n] for n in frame.f_code.co_names if n in frame.f_globals}
-        for name, held in _reach({**used, **frame.f_locals}.items()):
+        for name, held in _seen_from(frame):
             if held is value:
                 return f"{name!r} {shape}"
     return f"{shape}"

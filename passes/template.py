@@ -182,7 +182,7 @@ def match_layer(blocks: list[Block], squared: Any, readers: int, traces: dict[in
             ghost_template.match_norm(term, bounds[id(block.ghost)], traces.get(id(block.ghost), []), block.ghost)
 
 
-def match_sum(joint: JointGraph, total: Any, count: fx.Node) -> list[Block]:
+def match_sum(joint: JointGraph, total: Any, batch: fx.Node) -> list[Block]:
     """The weighted sum ``[D]``: one product, or several side by side, whose gradients are those of the targets in order."""
     total = expect(total, aten.reshape.default, "weighted sum")
     if as_list(total.args[1]) != [joint.num_trainable]:
@@ -196,7 +196,7 @@ def match_sum(joint: JointGraph, total: Any, count: fx.Node) -> list[Block]:
             raise SealBroken("weighted sum: a piece of the sum is missing or there twice.")
     found: list[Block] = []
     for piece in pieces:
-        found.append(match_block(joint, piece, sum(len(block.members) for block in found), count))
+        found.append(match_block(joint, piece, sum(len(block.members) for block in found), batch))
     count = sum(len(block.members) for block in found)
     if count != len(joint.targets):
         raise SealBroken(
@@ -205,12 +205,12 @@ def match_sum(joint: JointGraph, total: Any, count: fx.Node) -> list[Block]:
     return found
 
 
-def match_block(joint: JointGraph, piece: Any, start: int, count: fx.Node) -> Block:
+def match_block(joint: JointGraph, piece: Any, start: int, batch: fx.Node) -> Block:
     """``[1, B] @ [B, D']`` over the gradients of the targets from number ``start`` on, or the ghost sum of one."""
     if isinstance(piece, fx.Node) and piece.target is aten.reshape.default:
         if start >= len(joint.targets):
             raise SealBroken(f"gradients: more than {len(joint.targets)} for as many trainables; one was added.")
-        ghost = ghost_template.match_sum(piece, joint.targets[start].numel, count)
+        ghost = ghost_template.match_sum(piece, joint.targets[start].numel, batch)
         return Block([start], ghost.weights, ghost.column, ghost.sources, ghost=ghost)
     product = expect(piece, aten.mm.default, "weighted sum")
     rows = expect(product.args[1], aten.where.ScalarOther, "non-finite rows")
@@ -235,7 +235,7 @@ def match_block(joint: JointGraph, piece: Any, start: int, count: fx.Node) -> Bl
     for view, target in zip(pieces, targets, strict=True):
         view = expect(view, aten.reshape.default, f"gradient of {target.name}", users=None)
         sizes = as_list(view.args[1])
-        if len(sizes) != 2 or sizes[0] is not count or type(sizes[1]) is not int or sizes[1] != target.numel:
+        if len(sizes) != 2 or sizes[0] is not batch or type(sizes[1]) is not int or sizes[1] != target.numel:
             raise SealBroken(f"gradient of {target.name}: it does not have {target.numel} entries per sample.")
         if not isinstance(view.args[0], fx.Node):
             raise SealBroken(f"gradient of {target.name}: it is not computed in the graph.")

@@ -217,7 +217,9 @@ def test_a_poisoned_activation_or_gradient_contributes_exactly_zero(at: str, poi
 def hostile_rows(dtype: torch.dtype, length: int, width: int) -> dict[str, Tensor]:
     """Every size of features beside every size of output gradients that the dtype holds, inf and NaN among them."""
     generator = torch.Generator().manual_seed(5)
-    reach = range(-38, 39, 4) if dtype is torch.float32 else (-323, -170, -161, -38, 0, 19, 21, 38, 120, 150, 153, 155, 308)
+    reach = (
+        range(-38, 39, 4) if dtype is torch.float32 else (-323, -170, -161, -38, 0, 19, 21, 38, 120, 150, 153, 155, 308)
+    )
     sizes = [*(10.0**e for e in reach), float("inf"), float("nan")]
     pairs = [(a, w) for a in sizes for w in [*sizes, 1e-45, 10.0**-162 * (dtype is torch.float64)]]
     x = torch.rand(len(pairs), length, width, generator=generator, dtype=torch.float64)
@@ -382,7 +384,9 @@ def every_mutation(joint: JointGraph) -> Iterator[tuple[str, JointGraph]]:
             for new in changed:
                 if new != value and not (isinstance(new, list) and any(isinstance(v, fx.Node) for v in new)):
                     yield f"{name}: argument {k} is {new}", edited(joint, put(name, k, new))
-            if isinstance(value, list) and isinstance(value[0], fx.Node) and isinstance(value[-1], int):  # a view [B, n]
+            if (
+                isinstance(value, list) and isinstance(value[0], fx.Node) and isinstance(value[-1], int)
+            ):  # a view [B, n]
                 for first in (-1, 1):
                     yield f"{name}: argument {k} is [{first}, ..]", edited(joint, put(name, k, [first, *value[1:]]))
             elif isinstance(value, list) and value and isinstance(value[0], fx.Node):

@@ -217,7 +217,9 @@ class Bunch:
 
 
 OTHERS = torch.tensor([1.0, 2.0, 3.0])
-PLAIN = Bunch(bank=OTHERS, kept=Bunch(bank=OTHERS, deep={"bank": [OTHERS]}), array=OTHERS.numpy(), nobody=torch.zeros(0, 3))
+PLAIN = Bunch(
+    bank=OTHERS, kept=Bunch(bank=OTHERS, deep={"bank": [OTHERS]}), array=OTHERS.numpy(), nobody=torch.zeros(0, 3)
+)
 IMPORTED = types.ModuleType("imported")
 vars(IMPORTED)["bank"] = OTHERS
 OTHER_NETWORK = nn.Linear(3, 3)
