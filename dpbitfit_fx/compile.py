@@ -342,7 +342,9 @@ def compile(  # the name users of torch.compile expect
     source = Source(
         model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout
     )
-    with warnings.catch_warnings():
+    # The caller's modes are not the model's: captured under no_grad it would have no gradient.
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)
+    with warnings.catch_warnings(), modes[0], modes[1], modes[2]:
         warnings.simplefilter("ignore")
         captured = _capture(source, observer)
         step = PrivateStep(source, captured, observer, backend, tuple(disable), precision)
@@ -362,6 +364,17 @@ def _capture(source: Source, observer: Observer | None) -> JointGraph:
     return run(passes, source, observer)  # none, or some of them are no longer trained and stay as they are
 
 
+# What the other rows may hold, in turn: a comparison with NaN is false, so NaN alone would hide a mix behind a threshold.
+SPOILS = ((float("nan"),), (float("inf"), 1e4, -1e4))
+
+
+def _spoiled(x: torch.Tensor, others: list[int], values: tuple[float, ...]) -> torch.Tensor:
+    garbage = x.clone()
+    for at, row in enumerate(others):
+        garbage[row] = values[at % len(values)] if x.dtype.is_floating_point else 0
+    return garbage
+
+
 def check_rows(step: PrivateStep) -> None:
     """Perturbation of what finally runs (design §4): with one row unmasked, the others may be anything, bit for bit.
 
@@ -371,6 +384,7 @@ def check_rows(step: PrivateStep) -> None:
     example = step._example_leaves()
     coarse = step.precision != "float32" or any(t.dtype.itemsize < 4 for t in step.joint.targets)
     tolerance = (2e-2 if coarse else 1e-4) * step.max_grad_norm
+    spoils = SPOILS if any(x.dtype.is_floating_point for x in example) else SPOILS[:1]  # integers become 0 in each
     for size, period, rows in ((3, example[0].shape[0], (0, 1, 2)), (8, 2, (0, 1, 4, 7))):
         index = torch.arange(size) % period
         leaves = [x[index.to(x.device)] for x in example]
@@ -379,18 +393,16 @@ def check_rows(step: PrivateStep) -> None:
             others = [i for i in range(size) if i != row]
             flipped = torch.arange(size)
             flipped[others] = flipped[others].flip(0)
-            garbage = [x.clone() for x in leaves]
-            for x in garbage:
-                x[others] = float("nan") if x.dtype.is_floating_point else 0
+            spoiled = [[_spoiled(x, others, values) for x in leaves] for values in spoils]
             mask = torch.zeros(size, device=step.device)
             mask[row] = 1.0
             results = []
-            for batch in (leaves, [x[flipped.to(x.device)] for x in leaves], garbage):
+            for batch in (leaves, [x[flipped.to(x.device)] for x in leaves], *spoiled):
                 try:
                     results.append(step._lowered(batch, mask, step.zero_accumulator()))
                 except RuntimeError as error:
                     raise CompileRefused(
-                        f"The step fails when another row of its batch holds NaN or zeros ({str(error)[:200]}): one bad "
+                        f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
                         "record would stop a run and show itself. Replace the operator that raises."
                     ) from error
             if not all(torch.equal(results[0], r) for r in results[1:]):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +52,33 @@ def check_lowering(backend: str, disable: Collection[str], precision: str = "flo
                 "precision='bf16' needs a torch with oneDNN and a CPU that multiplies bfloat16 (AVX512_BF16 or AMX): on "
                 "this machine it would be slower than float32. Use precision='float32'."
             )
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """float32 products round as float32, whatever the user chose for other code (TF32, bfloat16); then all is as it was.
+
+    The weighted sum is such a product, behind a norm in float64: TF32 would round it by 5e-4 and more per record.
+    """
+    backends: Any = torch.backends
+    kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [kind.fp32_precision for kind in kinds]
+    chosen: str | None = None
+    with contextlib.suppress(RuntimeError):  # not readable where it was set backend by backend
+        chosen = torch.get_float32_matmul_precision()
+    try:
+        if chosen is None:
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
+        elif chosen != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if chosen not in (None, "highest"):
+            torch.set_float32_matmul_precision(chosen)
+        for kind, precision in zip(kinds, before, strict=True):
+            if kind.fp32_precision != precision:
+                kind.fp32_precision = precision
 
 
 class _Packed:
@@ -104,7 +132,7 @@ class Lowered:
     def __call__(self, batch: list[torch.Tensor], sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
         values = self.joint.values(batch, {item.target: self._packed(item) for item in self.packs})
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
-        with torch.no_grad(), torch.autocast(sample_mask.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(sample_mask.device.type, enabled=False), float32_products():
             result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]
         return result
 

@@ -9,6 +9,7 @@ samples' values, the batch size or the row's position.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any
@@ -18,7 +19,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functionalize, grad_and_value, vmap
 
-from . import added_biases, closures, random_draws, recurrent_rules, sample_rules, trainables, user_rules
+from . import added_biases, random_draws, recurrent_rules, sample_rules, trainables, user_rules
 from .checks import data_dependent_origin, drop_checks
 from .errors import CompileRefused
 from .explain import advice, first_line, unbatched, user_line
@@ -33,6 +34,7 @@ from .model_state import (
     untouched,
 )
 from .one_sample import ATTENTION, OneSample, masks_that_need_gradients, rule_for
+from .outside import Outside
 from .torch_private import (
     is_random,
     keep_lines_of,
@@ -55,11 +57,12 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self._loss_fn, self._spec = source.model, source.loss_fn, spec
         self._constants, self._count = constants, count
+        self.watch: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         rest = iter(tensors)
         leaves = [self._constants[i] if i in self._constants else next(rest) for i in range(self._count)]
-        with Exportable():
+        with Exportable(), self.watch:
             return self._loss_fn(self.model, tree_unflatten(leaves, self._spec))
 
 
@@ -92,6 +95,8 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
     if size < 2:
         raise CompileRefused("example_batch needs at least 2 samples, made up or public, so that mixing can be seen.")
     whole = _Whole(source, spec, constants, len(tensors) + len(constants))
+    watch = None if source.public_tensors else Outside(source.model)
+    whole.watch = watch or whole.watch
     keep_lines_of(source.loss_fn)
     one = tuple(x[:1].detach().clone() for x in tensors)
     with untouched(source.model), dropout_as_asked(source.model, source.dropout), warnings.catch_warnings():
@@ -99,10 +104,14 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
         try:
             with no_hidden_randomness(source.dropout):
                 exported = torch.export.export(whole, one, strict=False)
+            if watch is not None:
+                watch.check(exported, source.loss_fn)
             program = functional_program(exported, sample_rules.DECOMPOSED)
         except CompileRefused:
             raise
         except Exception as error:
+            if watch is not None and watch.refusal is not None:
+                raise watch.refusal from error
             place = user_line(error)
             raise CompileRefused(
                 f"{type(source.model).__name__} could not be captured on one sample: {first_line(error)}.{place} "
@@ -116,8 +125,6 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
 def capture(source: Source) -> JointGraph:
     """The joint graph ``(trainables, frozen, batch) -> (loss [B], per-sample gradients)`` for any batch size."""
     refuse_train_mode_batchnorm(source.model)
-    if not source.public_tensors:
-        closures.refuse_private_tensors(source.loss_fn, source.model)
     program = export_one(source)
     tensors, _, spec, names, size = split_batch(source.example_batch)
     module = program.graph_module

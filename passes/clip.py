@@ -1,11 +1,12 @@
 """Pass 4, clip: per-sample gradients become one accumulated sum of clipped gradients (design §6).
 
+    B         = the length of sample_mask: every view says [B, ..] and none -1, so a record has one row, one norm, one factor
     G [B, D]  = gradients side by side, float32 (float64 for float64 models); a block: neighbours of one layer
     n_l [B]   = sqrt(sum_d G^2) in float64, over exactly the values that are summed, of every layer l (flat: one layer)
     keep [B]  = (sample_mask != 0) and (sum_l n_l^2 < 1e60)   NaN, inf and absurd norms contribute exactly zero
     c_l [B]   = R_l / max(n_l, R_l)   (flat, per layer)   or   R / (n + gamma)   (AUTO-S)
                 or   R / n with keep also asking n^2 > 1e-24   (AUTO-V)
-                a layer with ghosts (``ghost_sum``): n_l at least 1/100 of their bound, keep also asking |G|^2 < 1e40
+                a layer with ghosts (``ghost_sum``): n_l at least 1/100 of their bound, keep also asking |G|^2 + |A|^2 < 1e40
     out [D]   = accumulator + [1, B] @ [B, D] of (where(keep, c_l, 0), where(keep, G, 0)), block by block
 
 Guarantee: adding or removing one row changes ``out`` by at most R = sqrt(sum_l R_l^2) in L2 in real numbers. Float
@@ -24,7 +25,7 @@ from torch import fx
 
 from .clipping import SMALLEST_SQUARED_NORM, AutomaticClipping, AutoVClipping, Clipping, Layer
 from .errors import CompileRefused
-from .ghost_sum import LARGEST_FACTOR, LEAST_SHARE, Ghost, GhostSum
+from .ghost_sum import LARGEST_FACTORS, LEAST_SHARE, Ghost, GhostSum
 from .joint_graph import Input, JointGraph, Role, copy_graph, finish
 
 aten = torch.ops.aten
@@ -92,7 +93,10 @@ class _Tail:
         )
 
     def build(self, gradients: list[Any], mask: fx.Node) -> fx.Node:
-        ghosts = {i: GhostSum(self.graph, Ghost(*g)) for i, g in enumerate(gradients) if isinstance(g, tuple)}
+        self.count = self.call(aten.sym_size.int, mask, 0)
+        ghosts = {
+            i: GhostSum(self.graph, Ghost(*g), self.count) for i, g in enumerate(gradients) if isinstance(g, tuple)
+        }
         runs = blocks(self.layers, set(ghosts))
         sides = [ghosts.get(members[0]) or self.side(gradients, members) for _, members in runs]
         squares: list[list[fx.Node]] = [[] for _ in self.layers]
@@ -104,7 +108,7 @@ class _Tail:
             else:
                 squares[layer].append(self.squared(side))
         squared = [self.floored(s, b) for s, b in zip(squares, bounds, strict=True)]
-        keep = self.keep(mask, self.sum(squared), [g.trace for g in ghosts.values() if g.trace is not None])
+        keep = self.keep(mask, self.sum(squared), [t for g in ghosts.values() for t in g.traces])
         column = self.call(aten.unsqueeze.default, keep, 1)
         weights = [self.weights(keep, n, layer.bound) for n, layer in zip(squared, self.layers, strict=True)]
         sums = [
@@ -126,7 +130,9 @@ class _Tail:
     def side(self, gradients: list[Any], members: list[int]) -> fx.Node:
         """The block's gradients side by side: ``[B, sum_k numel_k]``."""
         targets = [self.joint.targets[m] for m in members]
-        views = [self.call(aten.reshape.default, gradients[m], [-1, self.joint.targets[m].numel]) for m in members]
+        views = [
+            self.call(aten.reshape.default, gradients[m], [self.count, self.joint.targets[m].numel]) for m in members
+        ]
         side = self.call(aten.cat.default, views, 1)
         if any(t.dtype != self.joint.flat_dtype for t in targets):
             side = self.call(aten._to_copy.default, side, dtype=self.joint.flat_dtype)
@@ -141,7 +147,7 @@ class _Tail:
         if type(self.clipping) is AutoVClipping:
             sane = self.call(aten.logical_and.default, sane, self.call(aten.gt.Scalar, squared, SMALLEST_SQUARED_NORM))
         if factors:
-            below = self.call(aten.lt.Scalar, self.sum(factors), LARGEST_FACTOR)
+            below = self.call(aten.lt.Scalar, self.sum(factors), LARGEST_FACTORS)
             sane = self.call(aten.logical_and.default, sane, below)
         return self.call(aten.logical_and.default, self.call(aten.ne.Scalar, mask, 0), sane)
 

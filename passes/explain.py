@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from types import FrameType
 from typing import Any
 
 from .unify import LIBRARIES
@@ -53,7 +54,16 @@ def user_line(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in LIBRARIES)]
     if not frames:
         return ""
-    frame = frames[-1]
+    return _place(frames[-1])
+
+
+def frame_line(frame: FrameType) -> str:
+    """The line that a running frame is at, as :func:`user_line` tells it."""
+    code = frame.f_code
+    return _place(traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name))
+
+
+def _place(frame: traceback.FrameSummary) -> str:
     return (
         f' It comes from File "{frame.filename}", line {frame.lineno}, in {frame.name}: `{(frame.line or "").strip()}`.'
     )

@@ -10,8 +10,11 @@ idx [B, N], E [B, N, d]. A weight used several times has its uses side by side a
 
 Float rounding: the float32 product errs by about 1e-7 of ``c_i sqrt(bound_i)``, which terms that cancel can make far larger
 than ``c_i |M_i|``. So the norm that clips is at least ``sqrt(bound) / 100``: never smaller than the true one, and the sum
-errs by about 1e-5 R; 8e-5 R was the worst seen, for 2,048 tokens that cancel. Rows with ``|G_i|`` of 1e20 or more contribute
-zero, so that ``c_i G_i`` cannot overflow.
+errs by about 1e-5 R; 8e-5 R was the worst seen, for 2,048 tokens that cancel.
+
+Range: rows with ``sum |G_i|^2 + |[A_i; E_i]|^2 >= 1e40`` over the products contribute zero. So ``c G`` cannot overflow, what
+``c G`` loses below float32's smallest number (1e-38) comes to less than 1e-13 R beside features of 1e20, and squares of G
+that float64 cannot hold (below 1e-162) belong to products that are zero for every clipping.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import fx
 
 aten = torch.ops.aten
 LEAST_SHARE = 1e-4  # of the bound, that the squared norm is taken to be at least
-LARGEST_FACTOR = 1e40  # squared
+LARGEST_FACTORS = 1e40  # squared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +49,24 @@ class Ghost:
 
 
 class GhostSum:
-    """Writes the nodes of one ghost gradient at the graph's insertion point: first its norm, then its weighted sum."""
+    """Writes the nodes of one ghost gradient at the graph's insertion point: first its norm, then its weighted sum.
 
-    def __init__(self, graph: fx.Graph, ghost: Ghost) -> None:
+    ``count`` is the node B, the length of the mask.
+    """
+
+    def __init__(self, graph: fx.Graph, ghost: Ghost, count: fx.Node) -> None:
         self.graph, self.ghost = graph, ghost
         self.g: fx.Node | None = None
         self.a: fx.Node | None = None
         self.index: fx.Node | None = None
         self.e: fx.Node | None = None
-        self.trace: fx.Node | None = None
+        self.traces: list[fx.Node] = []
         if ghost.g is not None:
-            self.g = self.call(aten.reshape.default, ghost.g, [-1, ghost.tokens, ghost.rows])
-            self.a = self.call(aten.reshape.default, ghost.a, [-1, ghost.tokens, ghost.columns])
+            self.g = self.call(aten.reshape.default, ghost.g, [count, ghost.tokens, ghost.rows])
+            self.a = self.call(aten.reshape.default, ghost.a, [count, ghost.tokens, ghost.columns])
         if ghost.index is not None:
-            self.index = self.call(aten.reshape.default, ghost.index, [-1, ghost.lookups])
-            self.e = self.call(aten.reshape.default, ghost.e, [-1, ghost.lookups, ghost.columns])
+            self.index = self.call(aten.reshape.default, ghost.index, [count, ghost.lookups])
+            self.e = self.call(aten.reshape.default, ghost.e, [count, ghost.lookups, ghost.columns])
         self._norm()
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -69,13 +75,16 @@ class GhostSum:
     def _gram(self, x: fx.Node) -> fx.Node:
         return self.call(aten.bmm.default, x, self.call(aten.transpose.int, x, 1, 2))
 
+    def _trace(self, gram: fx.Node) -> fx.Node:
+        return self.call(aten.sum.dim_IntList, self.call(aten.diagonal.default, gram, 0, 1, 2), [1])
+
     def _norm(self) -> None:
-        """``squared`` and ``bound`` [B]; ``trace`` [B] is ``|G|^2`` where there is a G."""
+        """``squared`` and ``bound`` [B]; ``traces`` are ``|G|^2`` and ``|[A; E]|^2`` [B] where there is a product."""
         left = wide = None
         if self.g is not None:
             wide = self.call(aten._to_copy.default, self.g, dtype=torch.float64)
             left = self._gram(wide)
-            self.trace = self.call(aten.sum.dim_IntList, self.call(aten.diagonal.default, left, 0, 1, 2), [1])
+            self.traces.append(self._trace(left))
         if self.index is not None:
             across, down = (
                 self.call(aten.unsqueeze.default, self.index, 1),
@@ -93,6 +102,8 @@ class GhostSum:
         halves = [x for x in (self.a, self.e) if x is not None]
         right = halves[0] if len(halves) == 1 else self.call(aten.cat.default, halves, 1)
         gram = self._gram(self.call(aten._to_copy.default, right, dtype=torch.float64))
+        if self.g is not None:
+            self.traces.append(self._trace(gram))
         h = self.call(aten.mul.Tensor, left, gram)
         self.squared = self.call(aten.sum.dim_IntList, h, [1, 2])
         each = self.call(aten.sqrt.default, self.call(aten.diagonal.default, h, 0, 1, 2))

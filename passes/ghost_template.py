@@ -1,7 +1,8 @@
 """The template of one ghost gradient, matched node for node (design §7): its norm is of exactly what is summed.
 
 Proved: the views G [B, T, p], A [B, T, d], idx [B, N], E [B, N, d] that the weighted sum reads are those of the Gram
-matrices, all of them with every cross term, and the rows that are not kept are zero in both factors of the product.
+matrices, all of them with every cross term, the rows that are not kept are zero in both factors of the product, and what
+``template.match_factors`` tests is the size of both factors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .matching import as_list, constant, expect
 
 aten = torch.ops.aten
 LEAST_SHARE = 1e-4
-LARGEST_FACTOR = 1e40
+LARGEST_FACTORS = 1e40
 WHAT = "ghost sum"
 
 
@@ -39,8 +40,11 @@ class GhostMatch:
         return [v.args[0] for v in views if isinstance(v.args[0], fx.Node)]
 
 
-def match_sum(piece: Any, numel: int) -> GhostMatch:
-    """``reshape(mm(reshape(c G)', reshape(A)) + embedding_dense_backward(c E, idx), [1, p d])``, one half or both."""
+def match_sum(piece: Any, numel: int, batch: fx.Node) -> GhostMatch:
+    """``reshape(mm(reshape(c G)', reshape(A)) + embedding_dense_backward(c E, idx), [1, p d])``, one half or both.
+
+    ``batch`` is the node B: the views of the sources are ``[B, ..]``.
+    """
     flat = expect(piece, aten.reshape.default, WHAT)
     if as_list(flat.args[1]) != [1, numel]:
         raise SealBroken(f"{WHAT}: it does not have {numel} entries.")
@@ -65,8 +69,8 @@ def match_sum(piece: Any, numel: int) -> GhostMatch:
             keep, scale, g = _scaled(left.args[0])
             kept, a = _kept(right.args[0])
             keeps += [(keep, scale), (kept, None)]
-            _, tokens, rows = _view(g, 3)
-            _, also, columns = _view(a, 3)
+            _, tokens, rows = _view(g, 3, batch)
+            _, also, columns = _view(a, 3, batch)
             if also != tokens or as_list(left.args[1]) != [-1, rows] or as_list(right.args[1]) != [-1, columns]:
                 raise SealBroken(f"{WHAT}: the factors are read with other shapes than the norm's.")
         else:
@@ -75,8 +79,8 @@ def match_sum(piece: Any, numel: int) -> GhostMatch:
             keep, scale, e = _scaled(add.args[0])
             keeps.append((keep, scale))
             index = add.args[1]
-            _, lookups = _view(index, 2)
-            _, also, width = _view(e, 3)
+            _, lookups = _view(index, 2, batch)
+            _, also, width = _view(e, 3, batch)
             count = add.args[2]
             if also != lookups or (columns and width != columns) or (rows and count != rows) or type(count) is not int:
                 raise SealBroken(f"{WHAT}: the rows of the index have another shape than the product's.")
@@ -113,19 +117,21 @@ def _scaled(node: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
     return keep, expect(product.args[1], aten.reshape.default, WHAT, users=None), x
 
 
-def _view(node: Any, dims: int) -> list[int]:
-    """The sizes of a view ``[-1, ..]`` of a source, whose last ones are public constants."""
+def _view(node: Any, dims: int, batch: fx.Node) -> list[Any]:
+    """The sizes of a view ``[B, ..]`` of a source, whose last ones are public constants."""
     view = expect(node, aten.reshape.default, WHAT, users=None)
     sizes = as_list(view.args[1])
-    if len(sizes) != dims or sizes[0] != -1 or any(type(s) is not int or s < 1 for s in sizes[1:]):
-        raise SealBroken(f"{WHAT}: a factor has the shape {sizes}; expected -1 and {dims - 1} public sizes.")
+    if len(sizes) != dims or sizes[0] is not batch or any(type(s) is not int or s < 1 for s in sizes[1:]):
+        raise SealBroken(
+            f"{WHAT}: a factor has the shape {sizes}; expected one row per record and {dims - 1} public sizes."
+        )
     if not isinstance(view.args[0], fx.Node):
         raise SealBroken(f"{WHAT}: a factor is not computed in the graph.")
     return sizes
 
 
-def match_norm(squared: Any, bound: Any, trace: Any, block: GhostMatch, what: str = "ghost norm") -> None:
-    """``sum(H)``, ``(sum sqrt(diag H))^2`` and ``|G|^2`` of the views that ``match_sum`` found."""
+def match_norm(squared: Any, bound: Any, traces: list[Any], block: GhostMatch, what: str = "ghost norm") -> None:
+    """``sum(H)``, ``(sum sqrt(diag H))^2``, ``|G|^2`` and ``|[A; E]|^2`` of the views that ``match_sum`` found."""
     other = "the norm is taken over other factors than those that are summed"
     squared = expect(squared, aten.sum.dim_IntList, what)
     if as_list(squared.args[1]) != [1, 2]:
@@ -139,7 +145,7 @@ def match_norm(squared: Any, bound: Any, trace: Any, block: GhostMatch, what: st
     if each is not h:
         raise SealBroken(f"{what}: the bound and the norm are of different products.")
     left, right = h.args
-    wide = _gram(right, what).args[0]
+    wide = _gram(right, what, users=2 if block.g is not None else 1).args[0]
     if block.a is not None and block.e is not None:
         both = expect(wide, aten.cat.default, what)
         constant(both.args[1], 1, what)
@@ -164,9 +170,10 @@ def match_norm(squared: Any, bound: Any, trace: Any, block: GhostMatch, what: st
         narrow = _gram(dense, what, users=2, wide_users=3 if block.index is not None else 2)
         if narrow.args[0] is not block.g:
             raise SealBroken(f"{what}: {other}.")
-        trace = expect(trace, aten.sum.dim_IntList, what)
-        if as_list(trace.args[1]) != [1] or _diagonal(trace.args[0], what) is not dense:
-            raise SealBroken(f"{what}: the size of a factor is not tested.")
+        for trace, gram in zip(traces, (dense, right), strict=True):
+            size = expect(trace, aten.sum.dim_IntList, what)
+            if as_list(size.args[1]) != [1] or _diagonal(size.args[0], what) is not gram:
+                raise SealBroken(f"{what}: the size of a factor is not tested.")
     across = None
     if block.index is not None:
         narrow_same = expect(same, aten._to_copy.default, what, dtype=torch.float64)

@@ -93,7 +93,7 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     home = {member: at for at, layer in enumerate(layers) for member in layer.members}
     result = expect(result, aten.add.Tensor, "accumulation")
     placeholder(joint, Role.ACCUMULATOR, result.args[0], 1, "accumulation")
-    found = match_sum(joint, result.args[1])
+    found = match_sum(joint, result.args[1], batch_size(joint))
     weights: dict[int, fx.Node] = {}
     squares: list[list[Block]] = [[] for _ in layers]
     for block in found:
@@ -119,7 +119,7 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     keep = expect(keep, aten.logical_and.default, "kept rows", users=1 + len(layers))
     present = expect(keep.args[0], aten.ne.Scalar, "sample_mask")
     constant(present.args[1], 0, "sample_mask")
-    placeholder(joint, Role.MASK, present.args[0], 1, "sample_mask")
+    placeholder(joint, Role.MASK, present.args[0], 2, "sample_mask")
     sane, traces = match_factors(keep.args[1], [b.ghost for b in found if b.ghost is not None])
     whole = match_finite(joint, sane)
     tests = 2 if isinstance(joint.clipping, AutoVClipping) else 1
@@ -132,20 +132,36 @@ def match_clip(joint: JointGraph, result: Any) -> list[fx.Node]:
     return [gradient for block in found for gradient in block.gradients]
 
 
-def match_factors(sane: Any, ghosts: list[ghost_template.GhostMatch]) -> tuple[Any, dict[int, fx.Node]]:
-    """``and(sane, sum of |G|^2 < 1e40)`` where there are products; returns ``sane``, and the |G|^2 by their ghost's id."""
+def batch_size(joint: JointGraph) -> fx.Node:
+    """The node B, the length of the mask, which has one entry per record: a view ``[B, ..]`` has one row per record.
+
+    ``-1`` would let ``[B, 2 n]`` be read as ``[2 B, n]``, each half of a record clipped alone, where B = 1 broadcasts.
+    """
+    found = [
+        node
+        for entry in joint.with_role(Role.MASK)
+        for node in joint.placeholder(entry.name).users
+        if node.target is aten.sym_size.int
+    ]
+    if len(found) != 1:
+        raise SealBroken(f"sample_mask: its length is read {len(found)} times, expected once.")
+    constant(expect(found[0], aten.sym_size.int, "sample_mask", users=None).args[1], 0, "sample_mask")
+    return found[0]
+
+
+def match_factors(sane: Any, ghosts: list[ghost_template.GhostMatch]) -> tuple[Any, dict[int, list[Any]]]:
+    """``and(sane, sum of |G|^2 + |A|^2 < 1e40)`` where there are products; returns ``sane``, and both by their ghost's id."""
     dense = [g for g in ghosts if g.g is not None]
     if not dense:
         return sane, {}
     both = expect(sane, aten.logical_and.default, "finite factors")
     below = expect(both.args[1], aten.lt.Scalar, "finite factors")
-    constant(below.args[1], ghost_template.LARGEST_FACTOR, "finite factors")
-    single = len(dense) == 1
-    traces = [below.args[0]] if single else stacked(below.args[0], len(dense), "finite factors", users=1)
-    return both.args[0], {id(g): t for g, t in zip(dense, traces, strict=True)}
+    constant(below.args[1], ghost_template.LARGEST_FACTORS, "finite factors")
+    traces = stacked(below.args[0], 2 * len(dense), "finite factors", users=1)
+    return both.args[0], {id(g): traces[2 * at : 2 * at + 2] for at, g in enumerate(dense)}
 
 
-def match_layer(blocks: list[Block], squared: Any, readers: int, traces: dict[int, fx.Node]) -> None:
+def match_layer(blocks: list[Block], squared: Any, readers: int, traces: dict[int, list[Any]]) -> None:
     """The squared norm [B] of one layer: the sum of its blocks', with ghosts at least a share of their bound."""
     ghosts = [b.ghost for b in blocks if b.ghost is not None]
     bounds: dict[int, Any] = {}
@@ -163,10 +179,10 @@ def match_layer(blocks: list[Block], squared: Any, readers: int, traces: dict[in
         if block.ghost is None:
             match_square(term, block, users=readers if single else 1)
         else:
-            ghost_template.match_norm(term, bounds[id(block.ghost)], traces.get(id(block.ghost)), block.ghost)
+            ghost_template.match_norm(term, bounds[id(block.ghost)], traces.get(id(block.ghost), []), block.ghost)
 
 
-def match_sum(joint: JointGraph, total: Any) -> list[Block]:
+def match_sum(joint: JointGraph, total: Any, batch: fx.Node) -> list[Block]:
     """The weighted sum ``[D]``: one product, or several side by side, whose gradients are those of the targets in order."""
     total = expect(total, aten.reshape.default, "weighted sum")
     if as_list(total.args[1]) != [joint.num_trainable]:
@@ -180,7 +196,7 @@ def match_sum(joint: JointGraph, total: Any) -> list[Block]:
             raise SealBroken("weighted sum: a piece of the sum is missing or there twice.")
     found: list[Block] = []
     for piece in pieces:
-        found.append(match_block(joint, piece, sum(len(block.members) for block in found)))
+        found.append(match_block(joint, piece, sum(len(block.members) for block in found), batch))
     count = sum(len(block.members) for block in found)
     if count != len(joint.targets):
         raise SealBroken(
@@ -189,12 +205,12 @@ def match_sum(joint: JointGraph, total: Any) -> list[Block]:
     return found
 
 
-def match_block(joint: JointGraph, piece: Any, start: int) -> Block:
+def match_block(joint: JointGraph, piece: Any, start: int, batch: fx.Node) -> Block:
     """``[1, B] @ [B, D']`` over the gradients of the targets from number ``start`` on, or the ghost sum of one."""
     if isinstance(piece, fx.Node) and piece.target is aten.reshape.default:
         if start >= len(joint.targets):
             raise SealBroken(f"gradients: more than {len(joint.targets)} for as many trainables; one was added.")
-        ghost = ghost_template.match_sum(piece, joint.targets[start].numel)
+        ghost = ghost_template.match_sum(piece, joint.targets[start].numel, batch)
         return Block([start], ghost.weights, ghost.column, ghost.sources, ghost=ghost)
     product = expect(piece, aten.mm.default, "weighted sum")
     rows = expect(product.args[1], aten.where.ScalarOther, "non-finite rows")
@@ -218,7 +234,8 @@ def match_block(joint: JointGraph, piece: Any, start: int) -> Block:
     gradients = []
     for view, target in zip(pieces, targets, strict=True):
         view = expect(view, aten.reshape.default, f"gradient of {target.name}", users=None)
-        if as_list(view.args[1]) != [-1, target.numel]:
+        sizes = as_list(view.args[1])
+        if len(sizes) != 2 or sizes[0] is not batch or type(sizes[1]) is not int or sizes[1] != target.numel:
             raise SealBroken(f"gradient of {target.name}: it does not have {target.numel} entries per sample.")
         if not isinstance(view.args[0], fx.Node):
             raise SealBroken(f"gradient of {target.name}: it is not computed in the graph.")

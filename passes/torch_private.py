@@ -63,6 +63,13 @@ def keep_lines_of(fn: Callable[..., Any]) -> None:
         register(fn)
 
 
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of a trace, wrapped by ``torch.func`` or not, which holds no values."""
+    from torch._subclasses.fake_tensor import is_fake as fake
+
+    return bool(fake(x))
+
+
 def schema_is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 

@@ -348,3 +348,51 @@ def test_autocast_around_a_step_changes_no_bit_of_it() -> None:
         total = step.accumulate(batch, torch.ones(4), step.zero_accumulator())
         released = step.privatize(total, noise)
     assert torch.equal(total, alone) and torch.equal(released, step.privatize(alone, noise))
+
+
+def precisions() -> tuple[str, str]:
+    backends: Any = torch.backends
+    kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
+    return kinds[0].fp32_precision, kinds[1].fp32_precision
+
+
+@pytest.mark.parametrize("setting", ["medium", "high", "tf32"])
+def test_the_step_multiplies_in_float32_whatever_precision_is_set_for_other_code(setting: str) -> None:
+    """TF32 and bfloat16 would round the weighted sum behind a norm that is not rounded."""
+    step = compile_step(TwoLayers(torch.float32), weighted_loss, points(4))
+    seen: list[tuple[str, str]] = []
+    run = step._lowered._call
+
+    def watched(*values: Tensor) -> Any:
+        seen.append(precisions())
+        return run(*values)
+
+    step._lowered._call = watched
+    backends: Any = torch.backends
+    kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = precisions()
+    try:
+        if setting == "tf32":
+            kinds[0].fp32_precision = kinds[1].fp32_precision = setting
+        else:
+            torch.set_float32_matmul_precision(setting)
+        chosen = precisions()
+        step.clipped_sum(points(4))
+        assert precisions() == chosen != before
+    finally:
+        if setting != "tf32":
+            torch.set_float32_matmul_precision("highest")
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+    assert len(seen) == 1 and not {"tf32", "bf16"} & set(seen[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.autograd.detect_anomaly])
+def test_a_step_compiled_in_another_mode_of_autograd_is_the_same_step(mode: Any) -> None:
+    model = TwoLayers(torch.float32)
+    usual = compile_step(model, weighted_loss, points(4))
+    with mode():
+        other = compile_step(model, weighted_loss, points(4))
+        sums = other.clipped_sum(points(3))
+    assert other.graph_hash == usual.graph_hash
+    assert all(torch.equal(v, sums[k]) for k, v in usual.clipped_sum(points(3)).items())

@@ -18,7 +18,13 @@ from dpbitfit_fx.compile import PrivateStep
 from dpbitfit_fx.compile import compile as compile_step
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.passes import facts, template
-from dpbitfit_fx.passes.clipping import AutoVClipping, Clipping, FlatClipping, PerLayerClipping
+from dpbitfit_fx.passes.clipping import (
+    AutomaticClipping,
+    AutoVClipping,
+    Clipping,
+    FlatClipping,
+    PerLayerClipping,
+)
 from dpbitfit_fx.passes.errors import SealBroken
 from dpbitfit_fx.passes.ghost import SMALLEST
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role, copy_graph
@@ -72,7 +78,8 @@ class Product(nn.Module):
 
 
 def weighted(model: Any, batch: Any) -> Tensor:
-    out: Tensor = (model(batch["x"]) * torch.linspace(-1, 1, model.layer.out_features)).sum(1) * batch["weight"]
+    scale = torch.linspace(-1, 1, model.layer.out_features).to(batch["x"])
+    out: Tensor = (model(batch["x"]) * scale).sum(1) * batch["weight"]
     return out
 
 
@@ -207,6 +214,48 @@ def test_a_poisoned_activation_or_gradient_contributes_exactly_zero(at: str, poi
     assert torch.equal(total(step, batch), without)
 
 
+def hostile_rows(dtype: torch.dtype, length: int, width: int) -> dict[str, Tensor]:
+    """Every size of features beside every size of output gradients that the dtype holds, inf and NaN among them."""
+    generator = torch.Generator().manual_seed(5)
+    reach = (
+        range(-38, 39, 4) if dtype is torch.float32 else (-323, -170, -161, -38, 0, 19, 21, 38, 120, 150, 153, 155, 308)
+    )
+    sizes = [*(10.0**e for e in reach), float("inf"), float("nan")]
+    pairs = [(a, w) for a in sizes for w in [*sizes, 1e-45, 10.0**-162 * (dtype is torch.float64)]]
+    x = torch.rand(len(pairs), length, width, generator=generator, dtype=torch.float64)
+    x[::3] -= 0.5
+    wide = x * torch.tensor([a for a, _ in pairs], dtype=torch.float64)[:, None, None]
+    return {"x": wide.to(dtype), "weight": torch.tensor([w for _, w in pairs], dtype=torch.float64).to(dtype)}
+
+
+CLIPPINGS: dict[str, Callable[[float], Clipping]] = {
+    "flat": FlatClipping,
+    "automatic": AutomaticClipping,
+    "automatic, smallest gamma": lambda r: AutomaticClipping(r, gamma=1e-12),
+    "auto-v": AutoVClipping,
+    "per-layer": PerLayerClipping,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", CLIPPINGS)
+def test_no_row_of_any_size_of_features_and_gradients_contributes_more_than_r(kind: str, dtype: torch.dtype) -> None:
+    """A scaled gradient of 1e-44 has lost its digits; features of 1e38 make that loss many times R where R is small."""
+    rows = hostile_rows(dtype, 16, 3)
+    torch.manual_seed(0)
+    example = {"x": torch.randn(3, 16, 3, dtype=dtype), "weight": torch.ones(3, dtype=dtype)}
+    for r in (1e-6, 1e-4, 1e-2, 1.0, 1e2):
+        step = compile_step(
+            Product(3, 40).to(dtype), weighted, example, trainable="all", clipping=CLIPPINGS[kind](r), ghost_norms=True
+        )
+        everyone, largest = total(step, rows), 0.0
+        assert torch.isfinite(everyone).all()
+        for at in range(len(rows["weight"])):
+            one = total(step, {k: v[at : at + 1] for k, v in rows.items()}).double()
+            largest = max(largest, one.norm().item() if torch.isfinite(one).all() else float("inf"))
+        assert 0.9 * r < largest <= r * (1 + 1e-5)
+
+
 def test_tokens_that_cancel_move_the_sum_by_at_most_r() -> None:
     """Their float32 rounding, blown up by R over a tiny norm, would be far more than R: the norm has a floor for this."""
     step = product(2, 6, 5, clipping=AutoVClipping(R), ghost_norms=True)
@@ -330,12 +379,17 @@ def every_mutation(joint: JointGraph) -> Iterator[tuple[str, JointGraph]]:
                 changed = [value * 1.5 + 1, -value - 1, not value if isinstance(value, bool) else True]
             elif isinstance(value, list) and all(isinstance(v, int) for v in value):
                 changed = [[*value, 1], value[:-1], [v + 1 for v in value]]
-            elif isinstance(value, list):
+            elif isinstance(value, list) and not isinstance(value[-1], int):
                 changed = [value[:-1], [*value, value[0]], value[::-1]]
             for new in changed:
                 if new != value and not (isinstance(new, list) and any(isinstance(v, fx.Node) for v in new)):
                     yield f"{name}: argument {k} is {new}", edited(joint, put(name, k, new))
-            if isinstance(value, list) and value and isinstance(value[0], fx.Node):
+            if (
+                isinstance(value, list) and isinstance(value[0], fx.Node) and isinstance(value[-1], int)
+            ):  # a view [B, n]
+                for first in (-1, 1):
+                    yield f"{name}: argument {k} is [{first}, ..]", edited(joint, put(name, k, [first, *value[1:]]))
+            elif isinstance(value, list) and value and isinstance(value[0], fx.Node):
                 for pick in (lambda v: v[:-1], lambda v: [*v, v[0]], lambda v: v[::-1]):
                     names = [v.name for v in pick(value)]
                     if names != [v.name for v in value]:
@@ -390,6 +444,8 @@ class Tail:
         (self.h,) = self.whole.users
         (self.maximum,) = graph.find_nodes(op="call_function", target=aten.maximum.default)
         self.narrow = self.picked.args[0]
+        (self.finite,) = [n for n in graph.find_nodes(op="call_function", target=aten.lt.Scalar) if n.args[1] == 1e40]
+        self.sizes = self.finite.args[0].args[0].args[0]
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -414,7 +470,7 @@ SABOTAGES: dict[str, tuple[Sabotage, str]] = {
         "ghost sum: expected aten.reshape.default, found aten.mul",
     ),
     "activations summed through another view": (
-        lambda t: t.put(t.kept_a, 1, t.before(t.kept_a, aten.reshape.default, t.a.args[0], [-1, 4, 6])),
+        lambda t: t.put(t.kept_a, 1, t.before(t.kept_a, aten.reshape.default, *t.a.args)),
         "the norm is taken over other factors than those that are summed",
     ),
     "gradients of one half in the norm of the other": (
@@ -454,14 +510,35 @@ SABOTAGES: dict[str, tuple[Sabotage, str]] = {
     ),
     "factors read as shorter rows": (lambda t: t.put(t.left.args[0], 1, [-1, 3]), "other shapes than the norm's"),
     "a term added a second time": (lambda t: t.put(t.both, 0, t.lookup), "adds something else than a product"),
-    "the sizes of the factors not tested": (
+    "views that may read a record as two": (
         lambda t: [
-            user.replace_all_uses_with(user.args[0])
-            for node in t.graph.find_nodes(op="call_function", target=aten.lt.Scalar)
-            if node.args[1] == 1e40
-            for user in list(node.users)
+            t.put(view, 1, [-1, *view.args[1][1:]]) or t.put(view, 0, t.before(view, aten.cat.default, [view.args[0]] * 2, 1))
+            for view in (t.g, t.a, t.e, t.index)
         ],
+        "expected one row per record and",
+    ),
+    "an index that may be read as another's": (
+        lambda t: t.put(t.index, 1, [-1, *t.index.args[1][1:]]), "expected one row per record and 1 public sizes"
+    ),
+    "the sizes of the factors not tested": (
+        lambda t: [user.replace_all_uses_with(user.args[0]) for user in list(t.finite.users)],
         "finite factors",
+    ),
+    "the size of the features not tested": (
+        lambda t: t.put(t.finite, 0, t.finite.args[0].args[0].args[0][0]),
+        "finite factors: expected aten.stack.default, found aten.diagonal.default",
+    ),
+    "the size of the features left out of the sum": (
+        lambda t: t.put(t.finite.args[0].args[0], 0, t.finite.args[0].args[0].args[0][::2]),
+        "finite factors: 2 terms were added up, expected 4",
+    ),
+    "the size of the gradients tested twice": (
+        lambda t: t.put(t.sizes[1].args[0], 0, t.sizes[0].args[0].args[0]),
+        "the size of a factor is not tested|is used",
+    ),
+    "the size of the features of another product": (
+        lambda t: t.put(t.finite.args[0].args[0], 0, [t.sizes[i] for i in (0, 3, 2, 1)]),
+        "the size of a factor is not tested",
     ),
 }  # fmt: skip
 

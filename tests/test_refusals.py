@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,11 +192,139 @@ def test_a_tensor_that_the_loss_brings_along_is_refused_unless_declared_public()
     def module(model: Any, batch: Any) -> Any:
         return criterion(model(batch[0]), batch[1])
 
-    assert "'weight'" in refusal(Sandwich(), closure)
-    assert "default" in refusal(Sandwich(), default)
-    assert "'criterion'" in refusal(Sandwich(), module)
+    assert "'weight' [3]" in refusal(Sandwich(), closure) and "weight=weight" in refusal(Sandwich(), closure)
+    assert "'w' [3]" in refusal(Sandwich(), default)
+    assert "'criterion.weight' [3]" in refusal(Sandwich(), module)
+    assert "loss_fn.criterion.weight from outside" in refusal(Sandwich(), Criterion(criterion))
     step = dpb.compile(Sandwich(), closure, points(), public_tensors=True)
     assert len(step.report().public_inputs) == 1
+
+
+class Criterion(nn.Module):
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        return self.criterion(model(batch[0]), batch[1])
+
+
+class Bunch:
+    """A plain object that holds things."""
+    kept: Any
+    bank: Any
+    array: Any
+    scale: Any
+    nobody: Any
+
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+
+OTHERS = torch.tensor([1.0, 2.0, 3.0])
+PLAIN = Bunch(
+    bank=OTHERS, kept=Bunch(bank=OTHERS, deep={"bank": [OTHERS]}), array=OTHERS.numpy(), nobody=torch.zeros(0, 3)
+)
+IMPORTED = types.ModuleType("imported")
+vars(IMPORTED)["bank"] = OTHERS
+OTHER_NETWORK = nn.Linear(3, 3)
+
+
+class Adds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        found: Tensor = h + PLAIN.kept.bank
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad
+
+
+def swallowed(h: Tensor) -> Tensor:
+    try:
+        found: Tensor = h + PLAIN.bank
+        return found
+    except dpb.CompileRefused:
+        return h
+
+
+def hidden(h: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        result: Tensor = h + PLAIN.bank
+    return result
+
+
+# Each reads other people's data without naming a tensor in the loss itself.
+READERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "an attribute of a global object": (lambda h: h + PLAIN.bank, "'PLAIN.bank' [3]"),
+    "two objects deep": (lambda h: h * PLAIN.kept.deep["bank"][0], "[3]"),
+    "an imported module": (lambda h: h + IMPORTED.bank, "'IMPORTED.bank' [3]"),
+    "a view of it": (lambda h: h + PLAIN.bank[1:2], "'PLAIN.bank' [3]"),
+    "a copy of it": (lambda h: h + torch.tensor(PLAIN.bank), "'PLAIN.bank' [3]"),
+    "its numbers": (lambda h: h * PLAIN.bank.tolist()[0], "'PLAIN.bank' [3]"),
+    "its largest entry": (lambda h: h * float(PLAIN.bank.max()), "'PLAIN.bank' [3]"),
+    "a branch on it": (lambda h: h * 2 if bool((PLAIN.bank > 0).all()) else h, "'PLAIN.bank' [3]"),
+    "a numpy array": (lambda h: h + torch.as_tensor(PLAIN.array), "'PLAIN.array' [3]"),
+    "a numpy array without a copy": (lambda h: h + torch.from_numpy(PLAIN.array), "[3]"),
+    "another network": (lambda h: OTHER_NETWORK(h), "'OTHER_NETWORK.weight' [3, 3]"),
+    "an operator called by name": (lambda h: torch.ops.aten.add.Tensor(h, PLAIN.bank), "'PLAIN.bank' [3]"),
+    "as an option": (lambda h: torch.add(h, other=PLAIN.bank), "'PLAIN.bank' [3]"),
+    "as an index": (lambda h: h[:, PLAIN.bank.long() - 1], "'PLAIN.bank' [3]"),
+    "an autograd.Function": (lambda h: Adds.apply(h), "'PLAIN.bank' [3]"),  # type: ignore[no-untyped-call]
+    "an error that is caught": (swallowed, "'PLAIN.bank' [3]"),
+    "torch functions switched off": (hidden, "[3]"),
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+@pytest.mark.parametrize("place", ["loss", "model"])
+def test_a_tensor_from_outside_is_refused_by_name_and_line_however_it_is_reached(place: str, way: str) -> None:
+    reader, name = READERS[way]
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(logits if place == "model" else reader(logits), batch[1], reduction="none")
+
+    model = Sandwich((lambda h: torch.cat([reader(h[:, :3]), h[:, 3:]], 1)) if place == "model" else None)
+    message = refusal(model, loss)
+    assert "from outside the batch and the model" in message and "public_tensors=True" in message
+    assert name in message and ("test_refusals.py" in message or (reader is hidden and "File" in message))
+
+
+class Holds(Sandwich):
+    """Tensors that the model holds in other ways than as parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = torch.ones(8)
+        self.object = Bunch(scale=torch.ones(8))
+
+    def transform(self, h: Tensor) -> Tensor:
+        found: Tensor = h * self.plain * self.object.scale
+        return found
+
+
+ALLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "literals": lambda h: h * torch.tensor([1.0, 2.0, 3.0]) + torch.as_tensor([0.5, 0.5, 0.5]),
+    "ranges and constants": lambda h: h + torch.arange(3) + torch.full((3,), 2.0) + torch.linspace(0, 1, 3),
+    "an index of numbers": lambda h: h[:, [2, 0, 1]],
+    "the size of a tensor": lambda h: h * PLAIN.bank.shape[0] * len(PLAIN.bank),
+    "an empty tensor": lambda h: torch.cat([h, PLAIN.nobody]),
+    "torch.func": lambda h: torch.func.vmap(lambda row: row * 2)(h),
+}
+
+
+@pytest.mark.parametrize("way", ALLOWED)
+def test_what_is_made_while_the_model_runs_is_no_tensor_from_outside(way: str) -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(ALLOWED[way](model(batch[0])), batch[1], reduction="none")
+
+    assert dpb.compile(Sandwich(), loss, points()).trainable_names
+
+
+def test_what_the_model_itself_holds_is_public_and_listed() -> None:
+    assert len(dpb.compile(Holds(), losses, points()).report().public_inputs) == 2
 
 
 def test_a_batch_of_unusable_shape_is_refused() -> None:

@@ -114,6 +114,12 @@ class Parts:
         assert isinstance(node, fx.Node)
         return node
 
+    @staticmethod
+    def up_list(node: fx.Node, at: int) -> list[Any]:
+        value = node.args[at]
+        assert isinstance(value, list)
+        return value
+
     @property
     def tail(self) -> list[fx.Node]:
         """Every operator of the template, from the gradients' flat views to the output."""
@@ -470,6 +476,30 @@ def rows_cut_in_two_so_that_each_half_is_clipped_alone(p: Parts) -> None:
     p.put(p.pieces[0], 1, [-1, 1])
 
 
+@sabotage("sample_mask: its length is read 0 times, expected once")
+def a_record_that_may_be_more_than_one_row(p: Parts) -> None:
+    """In a batch of one the mask broadcasts, each half of the record is clipped alone, and the sum moves by 2 R."""
+    for piece, gradient in zip(p.pieces, p.gradients, strict=True):
+        p.put(piece, 0, p.before(piece, aten.cat.default, [gradient, gradient], 1))
+        p.put(piece, 1, [-1, *p.up_list(piece, 1)[1:]])
+
+
+@sabotage("gradient of .*: it does not have .* entries per sample")
+def rows_counted_by_the_batch_instead_of_the_mask(p: Parts) -> None:
+    p.put(p.pieces[0], 1, [p.before(p.pieces[0], aten.sym_size.int, p.batch[0], 0), *p.up_list(p.pieces[0], 1)[1:]])
+
+
+@sabotage("gradient of .*: it does not have .* entries per sample")
+def rows_counted_twice_over(p: Parts) -> None:
+    twice = p.before(p.pieces[0], operator.mul, p.up_list(p.pieces[0], 1)[0], 2)
+    p.put(p.pieces[0], 1, [twice, *p.up_list(p.pieces[0], 1)[1:]])
+
+
+@sabotage("sample_mask: its length is read 2 times, expected once")
+def the_length_of_the_mask_read_elsewhere(p: Parts) -> None:
+    p.put(p.pieces[0], 1, [p.before(p.pieces[0], aten.sym_size.int, p.mask, 0), *p.up_list(p.pieces[0], 1)[1:]])
+
+
 @sabotage("gradients: found 0")
 def rows_of_the_biases_stacked_as_if_they_were_samples(p: Parts) -> None:
     p.put(p.side, 1, 0)
@@ -484,6 +514,20 @@ def rows_and_weights_in_the_wrong_order(p: Parts) -> None:
 def the_gradients_read_by_something_else_as_well(p: Parts) -> None:
     p.before(p.output, aten.neg.default, p.side)
     p.keep_dead = True
+
+
+def test_a_record_that_is_read_as_two_rows_does_not_run(step: PrivateStep) -> None:
+    """Proof and run agree: the views that the seal demands fail on rows that hold more than one record's gradient."""
+
+    def doubled(p: Parts) -> None:
+        for piece, gradient in zip(p.pieces, p.gradients, strict=True):
+            p.put(piece, 0, p.before(piece, aten.cat.default, [gradient, gradient], 1))
+
+    partial, _ = split(sabotaged(step.joint, doubled))
+    for rows in (1, 4):
+        values = partial.values([x[:rows] for x in step._example_leaves()])
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            partial.module(*values, torch.ones(rows), torch.zeros(step.num_trainable))
 
 
 # --- the inputs
@@ -505,7 +549,7 @@ def an_accumulator_that_is_scaled(p: Parts) -> None:
     p.wrap(p.accumulator, p.result, aten.mul.Scalar, 3.0)
 
 
-@sabotage("sample_mask: the input sample_mask is used 2 times")
+@sabotage("sample_mask: the input sample_mask is used 3 times, expected 2")
 def the_mask_reaches_the_gradients(p: Parts) -> None:
     column = p.before(p.pieces[0], aten.unsqueeze.default, p.mask, 1)
     p.wrap(p.gradients[0], p.pieces[0], aten.mul.Tensor, column)
@@ -758,8 +802,11 @@ def every_mutation(joint: JointGraph) -> Iterator[tuple[str, JointGraph]]:
                 changed = [value * 1.5 + 1, value * (1 + 1e-9) + 1e-9, -value - 1, True, None]
             elif isinstance(value, list) and all(isinstance(v, int) for v in value):
                 changed = [[*value, 1], value[:-1], [v + 1 for v in value], None]
+            elif isinstance(value, list) and isinstance(value[-1], int):  # a view [B, n]
+                changed = [[-1, *value[1:]], [*value, 1], value[:-1], [1, *value[1:]], [value[0], value[1] + 1]]
             for new in changed:
                 parts = Parts(joint)
+                new = [parts.named[v.name] if isinstance(v, fx.Node) else v for v in new] if type(new) is list else new
                 parts.put(parts.tail[at], k, new)
                 yield f"{name}: argument {k} is {new}", parts.proof_only()
         for target in sorted({n.target for n in base.tail}, key=str):
@@ -933,6 +980,41 @@ MIXERS: dict[str, Callable[[Parts, fx.Node], fx.Node]] = {
         [3, -1],
     ),
 }
+
+
+def floats_of(p: Parts) -> fx.Node:
+    """The floating point entry of the batch: the points, or the weights of the texts."""
+    entries = {i.target: i.name for i in p.joint.with_role(Role.BATCH)}
+    node: fx.Node = p.named[entries.get("weight", p.batch[0].name)]
+    return node
+
+
+def doubled_where_a_number_is_huge(p: Parts, g: fx.Node) -> fx.Node:
+    """A comparison with NaN is false: it shows only where another row holds a large number."""
+    huge = p.before(p.pieces[0], aten.gt.Scalar, p.before(p.pieces[0], aten.max.default, floats_of(p)), 1e3)
+    return p.before(p.pieces[0], aten.mul.Tensor, g, p.before(p.pieces[0], aten.add.Scalar, huge, 1))
+
+
+def dropped_where_a_number_is_infinite(p: Parts, g: fx.Node) -> fx.Node:
+    """A step that is skipped for everyone where one record overflows, as mixed precision does."""
+    overflow = p.before(p.pieces[0], aten.any.default, p.before(p.pieces[0], aten.isinf.default, floats_of(p)))
+    return p.before(p.pieces[0], aten.mul.Tensor, g, p.before(p.pieces[0], aten.logical_not.default, overflow))
+
+
+def flipped_where_a_number_is_very_negative(p: Parts, g: fx.Node) -> fx.Node:
+    least = p.before(p.pieces[0], aten.lt.Scalar, p.before(p.pieces[0], aten.min.default, floats_of(p)), -1e3)
+    return p.before(p.pieces[0], aten.where.self, least, p.before(p.pieces[0], aten.neg.default, g), g)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [doubled_where_a_number_is_huge, dropped_where_a_number_is_infinite, flipped_where_a_number_is_very_negative],
+)
+def test_rows_mixed_only_where_one_of_them_is_extreme_are_caught(
+    step: PrivateStep, mix: Callable[[Parts, fx.Node], fx.Node]
+) -> None:
+    with pytest.raises(SealBroken, match=r"mixes rows"):
+        check_rows(runs_instead(step, mix))
 
 
 def scaled_by_row_number(p: Parts, g: fx.Node) -> fx.Node:
