@@ -90,7 +90,7 @@ class Recipe:
     probe_rate: float = 0.025
     epochs: float = 6.0
     expected_batch_size: int = 512
-    physical_batch_size: int = 32
+    physical_batch_size: int = 16
     biases: tuple[str, ...] = ("*embeddings.LayerNorm.bias", "*layer.[0-4].*LayerNorm.bias", "*layer.[0-4].*value.bias")
     bias_rate: float = 1e-2
     head_rate: float = 2.5e-3

@@ -34,6 +34,6 @@ PY
     echo "== setting up $directory with $("$python" --version): the first time takes a minute or two"
     rm -rf "$directory"
     "$python" -m venv "$directory"
-    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" -c "$root/constraints.txt"
+    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -e "$root[$extras]" -c "$root/constraints.txt"
     echo "$wanted" >"$directory/requirements.sha256"
 }
