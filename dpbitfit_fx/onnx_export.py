@@ -317,7 +317,9 @@ def _explain(error: Exception, module: torch.nn.Module) -> str:
             f"the operator {name} has no ONNX form here yet.{where(nodes[0]) if nodes else ''} Replace it in the model, or "
             "train this model with the PyTorch step."
         )
-    last = chain[-1] if isinstance(chain[-1], Exception) else error
+    last: BaseException = error
+    while last.__cause__ is not None:
+        last = last.__cause__
     words = " ".join(f"{type(last).__name__}: {last}".split())[:400]
     operator = f" (at {'.'.join(told.groups()).replace('::', '.')})" if told is not None else ""
     return f"{words}{operator}. The PyTorch step is not affected. If an operator is named, replace it in the model or report it."

@@ -279,6 +279,9 @@ def _ctc_backward(
     onehot = (labels.unsqueeze(2) == torch.arange(log_probs.shape[2], device=labels.device)).to(log_probs.dtype)
     # A record that no path explains has no gradient, or one that is no number, as torch's kernel.
     scale = torch.where(loss == float("inf"), torch.full_like(grad, 0.0 if zero_infinity else float("nan")), grad)
+    # torch's kernel writes the last label's share over the last blank's: they are one label where the target ends in a blank.
+    final_label = labels.gather(1, (2 * lengths - 1).clamp(min=0).unsqueeze(1))
+    shadowed = (states == 2 * lengths.unsqueeze(1)) & (final_label == blank) & (lengths > 0).unsqueeze(1)
     beta, rows = never, []
     for t in range(log_probs.shape[0] - 1, -1, -1):
         here = log_probs[t]
@@ -292,7 +295,7 @@ def _ctc_backward(
         both = alpha[:, t] + beta
         # exp(both + nll - lp) per state, then summed per label: each is a posterior times a label's probability, <= 1.
         share = torch.exp(both + loss.unsqueeze(1) - emitted)
-        share = torch.where(both == NEGATIVE_INFINITY, torch.zeros_like(share), share)
+        share = torch.where((both == NEGATIVE_INFINITY) | (shadowed & at_end), torch.zeros_like(share), share)
         summed = torch.bmm(share.unsqueeze(1), onehot).squeeze(1)
         inside = (inputs > t).unsqueeze(1)
         row = (torch.exp(here) - summed) * scale.unsqueeze(1)

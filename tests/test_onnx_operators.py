@@ -147,6 +147,7 @@ def test_ctc_and_its_gradient_equal_torchs_also_where_no_path_or_no_label_is() -
     ours = torch.ops.dpbitfit
     log_probs, targets = torch.randn(7, N, 4).log_softmax(-1), torch.randint(1, 4, (N, 3))
     targets[0] = torch.tensor([2, 2, 3])
+    targets[1] = torch.tensor([3, 0, 1])  # ends in a blank, which no target should
     targets[4] = torch.tensor([2, 2, 2])  # five steps at least, and it has four: no path
     inputs, lengths = torch.tensor([7, 5, 7, 1, 4]), torch.tensor([3, 2, 0, 1, 3])
     given, grad = [log_probs, targets, inputs, lengths], torch.randn(N)
