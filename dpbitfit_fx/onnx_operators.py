@@ -114,6 +114,60 @@ def _searchsorted(
     return below.to(torch.int64).sum(-1).to(torch.int32 if out_int32 else torch.int64)
 
 
+def _where(_: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if not (x.is_complex() or y.is_complex()):
+        return torch.where(condition, x, y)
+    kind = torch.promote_types(x.dtype, y.dtype)
+    condition, x, y = torch.broadcast_tensors(condition, x.to(kind), y.to(kind))
+    return torch.view_as_complex(torch.where(condition.unsqueeze(-1), torch.view_as_real(x), torch.view_as_real(y)))
+
+
+# -- memory as it lies ------------------------------------------------------------------------------------------------
+
+
+def _storage(
+    run: Any, x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> tuple[Tensor, list[int], list[int]]:
+    """``x`` as it lies in memory, [B, n]; the order of its axes there; the cells [k] that the view reads of each row.
+
+    ONNX has no strides. A view that stays within a row of the batch is a gather by numbers known now.
+    """
+    inner = list(zip(x.stride()[1:], x.shape[1:], range(1, x.dim()), strict=True))
+    fixed = all(isinstance(v, int) for s, n, _ in inner for v in (s, n))
+    order = [0, *(d for _, _, d in sorted(inner, key=lambda t: (-t[0], t[2])))] if fixed else []
+    count = 1
+    for axis in reversed(order[1:]):
+        fixed = fixed and (x.shape[axis] == 1 or x.stride()[axis] == count)
+        count *= x.shape[axis]
+    cells = [offset or 0]  # in Python: torch would trace them
+    for n, step in zip(size[1:], stride[1:], strict=True):
+        fixed = fixed and isinstance(n, int) and isinstance(step, int)
+        cells = [c + i * step for c in cells for i in range(n)] if fixed else cells
+    if not (fixed and size[0] == x.shape[0] and x.stride()[0] == stride[0] == count and max(cells) < count):
+        raise ExportError(
+            f"The private graph views memory by strides across the rows of its batch (node {run.current}), and ONNX has no "
+            "strides. Use reshape, transpose or unfold in the model instead of as_strided."
+        )
+    return x.permute(order).reshape(-1, count), order, cells
+
+
+def _as_strided(run: Any, x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+    flat, _, cells = _storage(run, x, size, stride, offset)
+    return flat.index_select(1, torch.tensor(cells)).reshape(-1, *size[1:])
+
+
+def _as_strided_scatter(
+    run: Any, x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
+    flat, order, cells = _storage(run, x, size, stride, offset)
+    origin = dict(zip(cells, range(len(cells)), strict=True))
+    places = [origin.get(i, -1) for i in range(flat.shape[1])]
+    written = source.reshape(-1, len(cells)).index_select(1, torch.tensor([max(i, 0) for i in places]))
+    merged = torch.where(torch.tensor([i >= 0 for i in places]), written, flat)
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return merged.reshape(-1, *(x.shape[d] for d in order[1:])).permute(back)
+
+
 # -- distances --------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +381,9 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.mode.default: _mode,
     aten.cummax.default: _running(1.0),
     aten.cummin.default: _running(-1.0),
+    aten.where.self: _where,
+    aten.as_strided.default: _as_strided,
+    aten.as_strided_scatter.default: _as_strided_scatter,
     aten.searchsorted.Tensor: _searchsorted,
     aten._cdist_forward.default: _cdist,
     aten._cdist_backward.default: _cdist_backward,

@@ -245,7 +245,11 @@ def main(description: str | None, docs: Path) -> int:
         else {}
     )
     again = options.again.split(",")
-    waiting = [c for c in chosen if c.name not in rows or "all" in again or rows[c.name]["status"] in again]
+    waiting = (
+        []
+        if options.report
+        else [c for c in chosen if c.name not in rows or "all" in again or rows[c.name]["status"] in again]
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 

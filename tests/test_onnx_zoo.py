@@ -14,8 +14,9 @@ pytest.importorskip("onnxruntime")
 
 import zoo_torch
 from onnx_replay import replay
-from onnx_table import LIMIT, Row, markdown, save_probes
+from onnx_table import LIMIT, markdown, save_probes
 from zoo import compile_case
+from zoo_table import Row
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_export import export_core, export_onnx, layout_of, plain_gradient_model, save_model
