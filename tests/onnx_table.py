@@ -228,6 +228,7 @@ def main(description: str | None, docs: Path) -> int:
     parser.add_argument("--memory", type=float, default=6.0, help="GiB for one architecture")
     parser.add_argument("--second", type=Path, help="another environment's python, with onnxruntime and numpy")
     parser.add_argument("--pair-only", action="store_true", help="no training artifacts: about two thirds of the time")
+    parser.add_argument("--report", action="store_true", help="run nothing: the table of what is finished")
     parser.add_argument(
         "--state", type=Path, default=ROOT / "build" / "onnx-zoo.jsonl", help="finished rows: a run resumes"
     )
