@@ -118,7 +118,8 @@ def _where(_: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if not (x.is_complex() or y.is_complex()):
         return torch.where(condition, x, y)
     kind = torch.promote_types(x.dtype, y.dtype)
-    condition, x, y = torch.broadcast_tensors(condition, x.to(kind), y.to(kind))
+    shape = torch.broadcast_shapes(condition.shape, x.shape, y.shape)
+    condition, x, y = condition.expand(shape), x.to(kind).expand(shape), y.to(kind).expand(shape)
     return torch.view_as_complex(torch.where(condition.unsqueeze(-1), torch.view_as_real(x), torch.view_as_real(y)))
 
 
@@ -143,7 +144,9 @@ def _storage(
     for n, step in zip(size[1:], stride[1:], strict=True):
         fixed = fixed and isinstance(n, int) and isinstance(step, int)
         cells = [c + i * step for c in cells for i in range(n)] if fixed else cells
-    if not (fixed and size[0] == x.shape[0] and x.stride()[0] == stride[0] == count and max(cells) < count):
+    # The run on real tensors, before the symbolic one, compares the rows; a comparison of a symbol would fix it.
+    fixed = fixed and (not isinstance(x.shape[0], int) or size[0] == x.shape[0])
+    if not (fixed and x.stride()[0] == stride[0] == count and max(cells) < count):
         raise ExportError(
             f"The private graph views memory by strides across the rows of its batch (node {run.current}), and ONNX has no "
             "strides. Use reshape, transpose or unfold in the model instead of as_strided."
