@@ -118,7 +118,7 @@ def _where(_: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if not (x.is_complex() or y.is_complex()):
         return torch.where(condition, x, y)
     kind = torch.promote_types(x.dtype, y.dtype)
-    shape = torch.broadcast_shapes(condition.shape, x.shape, y.shape)
+    shape = torch.broadcast_shapes(condition.shape, x.shape, y.shape)  # type: ignore[no-untyped-call]
     condition, x, y = condition.expand(shape), x.to(kind).expand(shape), y.to(kind).expand(shape)
     return torch.view_as_complex(torch.where(condition.unsqueeze(-1), torch.view_as_real(x), torch.view_as_real(y)))
 
