@@ -8,7 +8,7 @@ The inputs are made from the step's (public) example batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -105,6 +105,25 @@ def make_session(path: Path) -> Any:
         ) from error
 
 
+def run_session(session: Any, feed: Mapping[str, Array], what: str) -> list[Array]:
+    """``session.run`` on those of ``feed`` that it takes."""
+    present = {i.name for i in session.get_inputs()}
+    with running(what):
+        return [np.asarray(r) for r in session.run(None, {k: v for k, v in feed.items() if k in present})]
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """An error of onnxruntime inside becomes an ExportError: the graph is wrong, say where a shape follows the batch."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime cannot run {what}: {' '.join(str(error).split())[:400]} Nothing was exported. This is a bug of "
+            "the export; the PyTorch step is not affected."
+        ) from error
+
+
 def relative_error(got: Array, want: Array, floor: float = 0.0) -> float:
     """‖got - want‖ / max(‖want‖, floor), in float64; infinite where either is not finite."""
     a, b = np.asarray(got, np.float64).ravel(), np.asarray(want, np.float64).ravel()
@@ -146,8 +165,7 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
     def run_grad(leaves: Sequence[torch.Tensor], mask: torch.Tensor, theta: Array, accumulator: Array) -> Array:
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
         feed.update(sample_mask=mask.numpy(), theta=theta, accumulator=accumulator)
-        present = {i.name for i in grad.get_inputs()}
-        return np.asarray(grad.run(None, {k: v for k, v in feed.items() if k in present})[0])
+        return run_session(grad, feed, f"grad_step.onnx on a batch of {mask.shape[0]}")[0]
 
     for theta in _steps_of(step, layout, probes):
         with parameters_set(step, layout, theta):
@@ -238,10 +256,8 @@ def check_update(
             "noise": noise.numpy(),
             "learning_rate": np.array([optimizer.lr], np.float32),
         }
-        present = {i.name for i in session.get_inputs()}
-        results = session.run(None, {k: v for k, v in feed.items() if k in present})
         old = state["theta"]
-        state = dict(zip(state, (np.asarray(r) for r in results), strict=True))
+        state = dict(zip(state, run_session(session, feed, "update_step.onnx"), strict=True))
         if isinstance(optimizer, AdamW):
             # Adam's steps do not change when all gradients are scaled alike, so a wrong denominator shows only here.
             moments = reference.state[parameter]
@@ -282,10 +298,15 @@ def check_ort_training(
         reason = str(failure).splitlines()[0][:400]
         raise ExportError(f"ONNX Runtime Training cannot load the artifacts: {reason}") from failure
 
+    def accumulate(leaves: Sequence[torch.Tensor], mask: torch.Tensor, noise: Array) -> None:
+        batch = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
+        with running(f"training_model.onnx on a batch of {mask.shape[0]}"):
+            backend.accumulate(batch, mask.numpy(), noise)
+
     def run(leaves: Sequence[torch.Tensor], mask: torch.Tensor, theta: Array, noise: Array) -> Array:
         backend.set_flat(theta)
         backend.begin()
-        backend.accumulate({b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), noise)
+        accumulate(leaves, mask, noise)
         return backend.gradient_buffers()
 
     for theta in _steps_of(step, layout, probes):
@@ -300,18 +321,10 @@ def check_ort_training(
                 with torch.no_grad():
                     total = step.accumulate(probes.tree(leaves), mask, total)
                 room += contributions(step, probes, leaves, mask)
-                zero = np.zeros(size, np.float32)
-                backend.accumulate(
-                    {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), zero
-                )
+                accumulate(leaves, mask, np.zeros(size, np.float32))
                 error = relative_error(backend.gradient_buffers(), total.numpy(), room)
                 require(error, tolerance, f"the gradient buffer after {i + 1} micro-batches")
-            none = probes.batch(2)
-            backend.accumulate(
-                {b.name: x.numpy() for b, x in zip(layout.batch, none, strict=True)},
-                np.zeros(2, np.float32),
-                noise.numpy(),
-            )
+            accumulate(probes.batch(2), torch.zeros(2), noise.numpy())
             with torch.no_grad():
                 gradient = step.privatize(total, noise)
             wanted = gradient.numpy() * float(step.expected_batch_size)
@@ -332,9 +345,7 @@ def check_ort_training(
             ).clone()
         reference.step()
         backend.begin()
-        backend.accumulate(
-            {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}, mask.numpy(), noise.numpy()
-        )
+        accumulate(leaves, mask, noise.numpy())
         old = backend.flat()
         backend.update(np.zeros(size, np.float32), optimizer.lr)
         want = parameter.detach().numpy() - before
@@ -379,7 +390,6 @@ def check_eval(
     )
     theta = _steps_of(step, layout, probes)[1]
     values = {p.onnx_name: theta[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}
-    present = {i.name for i in session.get_inputs()}
     for rows in (3, 8):
         leaves = probes.batch(rows)
         mask = [] if eval_output is not None else [probes.mask(rows)]
@@ -388,7 +398,7 @@ def check_eval(
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)} | values
         if mask:
             feed["sample_mask"] = mask[0].numpy()
-        got = session.run(None, {k: v for k, v in feed.items() if k in present})
+        got = run_session(session, feed, f"eval_model.onnx on a batch of {rows}")
         for a, b in zip(got, want, strict=True):
             require(
                 relative_error(np.asarray(a), b.numpy()), 1e-4, f"an output of eval_model.onnx on a batch of {rows}"

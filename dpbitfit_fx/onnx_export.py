@@ -37,6 +37,7 @@ from dpbitfit_fx.onnx_lowering import Lowered
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
+from dpbitfit_fx.passes.unify import where
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -284,12 +285,7 @@ def to_onnx(
     except ExportError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
-        raise ExportError(
-            f"{what} could not be turned into ONNX: {first}. The PyTorch step is not affected. If an operator is "
-            "named, replace it in "
-            "the model or report it."
-        ) from error
+        raise ExportError(f"{what} could not be turned into ONNX: {_explain(error, module)}") from error
     assert exported is not None
     model = exported.model
     clean(model)
@@ -300,6 +296,33 @@ def to_onnx(
         )
     rename(model, {v: n for v, n in zip([*model.graph.inputs, *model.graph.outputs], [*names, *outputs], strict=True)})
     return model
+
+
+_OVERLOAD: Final = re.compile(r"OpOverload\(op='([\w.:]+)', overload='(\w+)'\)")
+
+
+def _explain(error: Exception, module: torch.nn.Module) -> str:
+    """Which operator has no ONNX form and where the user wrote it, as far as the chain of causes tells; else its words."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    told = next((m for e in chain for m in _OVERLOAD.finditer(str(e))), None)
+    if told is not None and any("No ONNX function" in str(e) or "No decompositions" in str(e) for e in chain):
+        name = ".".join(told.groups()).replace("::", ".")
+        inner = getattr(module, "inner", None)
+        nodes = [n for n in inner.graph.nodes if str(n.target) == name] if inner is not None else []
+        return (
+            f"the operator {name} has no ONNX form here yet.{where(nodes[0]) if nodes else ''} Replace it in the model, or "
+            "train this model with the PyTorch step."
+        )
+    last: BaseException = error
+    while last.__cause__ is not None:
+        last = last.__cause__
+    words = " ".join(f"{type(last).__name__}: {last}".split())[:400]
+    operator = f" (at {'.'.join(told.groups()).replace('::', '.')})" if told is not None else ""
+    return f"{words}{operator}. The PyTorch step is not affected. If an operator is named, replace it in the model or report it."
 
 
 def clean(model: ir.Model) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 
 from dpbitfit_fx.errors import ExportError
+from dpbitfit_fx.onnx_operators import OPERATORS, UNSUPPORTED
+from dpbitfit_fx.passes.unify import where
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -48,11 +50,15 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, owner: Lowered) -> None:
         super().__init__(owner.inner, garbage_collect_values=True)
         self.owner = owner
-        self.current = ""
+        self.node: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        self.current = n.name
+        self.node = n
         return super().run_node(n)
+
+    @property
+    def current(self) -> str:
+        return self.node.name if self.node is not None else ""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         lowering = LOWERINGS.get(target)
@@ -62,9 +68,9 @@ class _Interpreter(fx.Interpreter):
             return None
         if str(target) in UNSUPPORTED:
             raise ExportError(
-                f"The private graph uses {target} (node {self.current}), which has no ONNX form here yet: "
-                f"{UNSUPPORTED[str(target)]}. Train this model with the PyTorch step, or replace the operator in "
-                "the model."
+                f"The private graph uses {target}, which has no ONNX form here: {UNSUPPORTED[str(target)]}."
+                f"{where(self.node) if self.node is not None else ''} Train this model with the PyTorch step, or replace "
+                "the operator in the model."
             )
         return super().call_function(target, args, kwargs)
 
@@ -269,6 +275,30 @@ def _linear_backward(spatial: int, op: Any) -> Callable[..., Tensor]:
     return lower
 
 
+def _replication_pad_backward(spatial: int) -> Callable[..., Tensor]:
+    def lower(run: _Interpreter, grad_out: Tensor, x: Tensor, padding: Sequence[int]) -> Tensor:
+        def forward(i: int, eye: Tensor) -> Tensor:
+            last = spatial - 1 - i  # the pairs begin with the last axis
+            sides = (padding[2 * last], padding[2 * last + 1])
+            return torch.nn.functional.pad(eye[:, None, :], sides, mode="replicate")[:, 0]
+
+        return _separable_backward(run, grad_out, x.shape[-spatial:], forward)
+
+    return lower
+
+
+def _adaptive_avg_pool(spatial: int) -> Callable[..., Tensor]:
+    def lower(run: _Interpreter, x: Tensor, output_size: Sequence[int]) -> Tensor:
+        # The map of the forward is the transpose of its backward's, and the sizes change sides.
+        def forward(i: int, eye: Tensor) -> Tensor:
+            identity = torch.eye(int(x.shape[i - spatial]), dtype=eye.dtype)
+            return torch.nn.functional.adaptive_avg_pool1d(identity[:, None, :], int(output_size[i]))[:, 0].t()
+
+        return _separable_backward(run, x, output_size, forward)
+
+    return lower
+
+
 def _unfold_backward(
     _: _Interpreter, grad_in: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int
 ) -> Tensor:
@@ -305,19 +335,8 @@ def _embedding_dense_backward(
     return rows.new_zeros(count, rows.shape[-1]).scatter_add(0, where, rows)
 
 
-def _silu_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return grad_out * gate * (1 + x * (1 - gate))
-
-
-def _mish_backward(_: _Interpreter, grad_out: Tensor, x: Tensor) -> Tensor:
-    inner = torch.tanh(torch.nn.functional.softplus(x))
-    return grad_out * (inner + x * (1 - inner * inner) * torch.sigmoid(x))
-
-
 LOWERINGS: dict[Any, Callable[..., Any]] = {
-    aten.silu_backward.default: _silu_backward,
-    aten.mish_backward.default: _mish_backward,
+    **OPERATORS,
     aten.bmm.default: _bmm,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.view.default: _reshape,
@@ -336,16 +355,15 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     aten._upsample_nearest_exact2d_backward.default: _nearest_backward(2, aten._upsample_nearest_exact1d.default),
     aten.upsample_linear1d_backward.default: _linear_backward(1, aten.upsample_bilinear2d.default),
     aten.upsample_bilinear2d_backward.default: _linear_backward(2, aten.upsample_bilinear2d.default),
+    aten.upsample_trilinear3d_backward.default: _linear_backward(3, aten.upsample_bilinear2d.default),
+    aten.replication_pad1d_backward.default: _replication_pad_backward(1),
+    aten.replication_pad2d_backward.default: _replication_pad_backward(2),
+    aten.replication_pad3d_backward.default: _replication_pad_backward(3),
+    aten._adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    aten._adaptive_avg_pool3d.default: _adaptive_avg_pool(3),
     aten.upsample_bicubic2d_backward.default: _linear_backward(2, aten.upsample_bicubic2d.default),
     aten.unfold_backward.default: _unfold_backward,
 }
 
 # Checks on metadata say nothing about values, and have no ONNX form.
 DROPPED: frozenset[Any] = frozenset({aten._assert_tensor_metadata.default})
-
-UNSUPPORTED: dict[str, str] = {
-    "aten._fused_rms_norm_backward.default": "write the RMS norm in plain operators, as transformers does",
-    "aten._scaled_dot_product_efficient_attention.default": "it was compiled for CUDA; compile on the CPU to export",
-    "aten._scaled_dot_product_flash_attention.default": "it was compiled for CUDA; compile on the CPU to export",
-    "aten._scaled_dot_product_cudnn_attention.default": "it was compiled for CUDA; compile on the CPU to export",
-}

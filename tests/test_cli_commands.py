@@ -112,7 +112,9 @@ def test_bad_arguments_and_bad_files_give_one_paragraph_and_leave_nothing(
     one_paragraph(train(model_dir, csv_file, output, "--labels", "x,y"), "row 1")
     declared = ("--labels", "neg,pos")
     one_paragraph(train(model_dir, csv_file, output, *declared, "--text-column", "body"), "'text', 'label'")
-    one_paragraph(train(model_dir, csv_file, output, *declared, "--clipping", "abadi"), "automatic, flat, auto-v, per-layer")
+    one_paragraph(
+        train(model_dir, csv_file, output, *declared, "--clipping", "abadi"), "automatic, flat, auto-v, per-layer"
+    )
     one_paragraph(train(model_dir, csv_file, output, *declared, "--padded-lengths", "8,4"), "increasing")
     one_paragraph(train(tmp_path / "nowhere", csv_file, output, *declared), "does not exist")
     one_paragraph(train(model_dir, csv_file, output, *declared, "--expected-batch-size", 100), "40")

@@ -90,7 +90,9 @@ def test_layer_norm_backward_takes_its_weight_back(pair: tuple[JointGraph, Joint
 def test_what_two_layers_compute_alike_is_computed_once(pair: tuple[JointGraph, JointGraph]) -> None:
     old, new = map(counts, pair)
     assert old["aten.rsub.Scalar"] == 2 and new["aten.rsub.Scalar"] == 1
-    calls = [(str(n.target), repr(n.args), repr(n.kwargs)) for n in pair[1].module.graph.nodes if n.op == "call_function"]
+    calls = [
+        (str(n.target), repr(n.args), repr(n.kwargs)) for n in pair[1].module.graph.nodes if n.op == "call_function"
+    ]
     assert len(calls) == len(set(calls))
 
 
@@ -239,7 +241,9 @@ def tail(text: str) -> list[str]:
 def test_the_sealed_graph_of_a_tiny_mlp_reads_as_it_did() -> None:
     """Changed on purpose? Write `golden_text()` over the file and review the difference like code."""
     text, golden = golden_text(), (GOLDEN / "mlp_sealed.txt").read_text().rstrip("\n")
-    assert tail(text) == tail(golden), "the template itself changed: every exported graph and every hash changes with it"
+    assert tail(text) == tail(golden), (
+        "the template itself changed: every exported graph and every hash changes with it"
+    )
     if torch.__version__.startswith("2.13."):  # what torch captures before the clip differs between its versions
         assert text == golden
 

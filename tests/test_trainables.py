@@ -17,14 +17,24 @@ def rules(step: dpb.PrivateStep) -> dict[str, str]:
     return {name: rule for name, _, rule in step.report().trained}
 
 
-@pytest.mark.parametrize("name", ["bias", "a.bias", "attn.in_proj_bias", "q_bias", "lstm.bias_ih_l0", "bias_hh_l1_reverse"])
+@pytest.mark.parametrize(
+    "name", ["bias", "a.bias", "attn.in_proj_bias", "q_bias", "lstm.bias_ih_l0", "bias_hh_l1_reverse"]
+)
 def test_bias_as_a_whole_word_of_the_leaf_name_counts(name: str) -> None:
     assert is_bias_name(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["weight", "bias.weight", "biased", "unbias", "debiasing", "relative_position_bias_table", "relative_attention_bias.weight"],
+    [
+        "weight",
+        "bias.weight",
+        "biased",
+        "unbias",
+        "debiasing",
+        "relative_position_bias_table",
+        "relative_attention_bias.weight",
+    ],
 )
 def test_bias_elsewhere_in_the_name_does_not(name: str) -> None:
     assert not is_bias_name(name)

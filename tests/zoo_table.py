@@ -13,11 +13,13 @@ import multiprocessing.connection
 import os
 import platform
 import re
+import resource
 import signal
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,9 @@ def _largest(errors: torch.Tensor) -> float:
     return float(errors.max()) if bool(errors.isfinite().all()) else float("inf")
 
 
-def _child(case: Case, pipe: Any) -> None:
+def _child(case: Case, pipe: Any, work: Callable[[Case], Row], memory: int) -> None:
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch prints whole graphs where a capture fails
@@ -130,7 +134,7 @@ def _child(case: Case, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        row = examine(case)
+        row = work(case)
     except Exception as error:
         text = "".join(traceback.format_exception(error)[-3:])
         row = {"name": case.name, "family": case.family, "status": "FAILED", "reason": text}
@@ -138,9 +142,18 @@ def _child(case: Case, pipe: Any) -> None:
     pipe.close()
 
 
-def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) -> list[Row]:
+def run_all(
+    cases: list[Case],
+    jobs: int,
+    timeout: float,
+    progress: Progress,
+    work: Callable[[Case], Row] = examine,
+    keep: Callable[[Row], None] = lambda row: None,
+    memory: int = 0,
+) -> list[Row]:
     """Each case in a forked process of its own, ``jobs`` at a time: a crash or a hang stops no other.
 
+    ``keep`` gets every row as soon as it is there; ``memory`` limits a process, in bytes (0: no limit).
     Ctrl-C (or SIGTERM) ends the run early and keeps what is done.
     """
     context = multiprocessing.get_context("fork")
@@ -153,7 +166,7 @@ def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) ->
             while waiting and len(running) < jobs:
                 case = waiting.pop(0)
                 receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(case, send), daemon=True)
+                process = context.Process(target=_child, args=(case, send, work, memory), daemon=True)
                 process.start()
                 send.close()
                 running[receive] = (case, process, time.monotonic())
@@ -167,12 +180,14 @@ def run_all(cases: list[Case], jobs: int, timeout: float, progress: Progress) ->
                     process.join()
                     done[case.name] = _failed(case, f"its process ended with exit code {process.exitcode}")
                 process.join()
+                keep(done[case.name])
                 progress.advance(task)
             for pipe, (case, process, begin) in list(running.items()):
                 if time.monotonic() - begin > timeout:
                     process.kill()
                     del running[pipe]
                     done[case.name] = _failed(case, f"took more than {timeout:.0f} s")
+                    keep(done[case.name])
                     progress.advance(task)
     except KeyboardInterrupt:
         for _, process, _ in running.values():
