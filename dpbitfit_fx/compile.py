@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from .dropout import draw_masks
+from .dynamic_shapes import dynamic_length
 from .errors import CompileRefused, SealBroken
 from .lowering import Lowered, check_lowering
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
-from .passes.joint_graph import AddedBias, JointGraph, Noise, Source
+from .passes.joint_graph import AddedBias, DynamicLength, JointGraph, Noise, Source
+from .passes.lengths import resized
+from .passes.meaning import check_meaning
 from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
@@ -140,6 +143,23 @@ class PrivateStep:
         return self.joint.noise.expected_batch_size if self.joint.noise else None
 
     @property
+    def dynamic_length(self) -> DynamicLength | None:
+        """Which dimensions of the batch may vary, and between which lengths; None: only the batch size may."""
+        return self._captured.length
+
+    def check_length(self, length: int) -> None:
+        """The meaning and the rows, checked once more at this length: raises as :func:`compile` does."""
+        dynamic = self.dynamic_length
+        if dynamic is None or not dynamic.checked[0] <= length <= dynamic.checked[-1]:
+            raise CompileRefused(f"The step was not compiled for batches of length {length}.")
+        if length not in dynamic.checked:
+            once = dataclasses.replace(self._source, length=dataclasses.replace(dynamic, checked=(length,)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                check_meaning(dataclasses.replace(self._captured, source=once))
+            check_rows(self, (length,))
+
+    @property
     def graph_hash(self) -> str:
         """SHA-256 (hex) of the canonical text of the final graph."""
         return self.joint.digest()
@@ -196,14 +216,17 @@ class PrivateStep:
             if (
                 not isinstance(x, torch.Tensor)
                 or x.dim() != e.dim()
-                or x.shape[1:] != e.shape[1:]
+                or self._fixed_shape(name, x) != self._fixed_shape(name, e)
                 or x.dtype != e.dtype
             ):
                 got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+                wanted = ", ".join(map(str, self._fixed_shape(name, e)))
                 raise CompileRefused(
-                    f"The batch entry {name} is {got}; it was compiled for [B, {', '.join(map(str, e.shape[1:]))}] {e.dtype}. "
+                    f"The batch entry {name} is {got}; it was compiled for [B, {wanted}] {e.dtype}. "
                     "Only the batch size may vary: pad to the compiled shape, or compile once more."
                 )
+        if self.dynamic_length is not None:
+            self._check_length(self.dynamic_length, tensors)
         if len({x.shape[0] for x in tensors}) != 1:
             raise CompileRefused("The tensors of the batch differ in their batch size (dim 0).")
         if tensors[0].shape[0] == 0:
@@ -211,6 +234,21 @@ class PrivateStep:
                 "The physical batch is empty; an empty logical batch needs no physical batch, only its noise."
             )
         return tensors
+
+    def _fixed_shape(self, name: str, x: torch.Tensor) -> list[int | str]:
+        """The shape without the batch, ``T`` where the padded length may vary."""
+        dim = self.dynamic_length.dims.get(name) if self.dynamic_length is not None else None
+        return ["T" if d == dim else n for d, n in enumerate(x.shape)][1:]
+
+    def _check_length(self, dynamic: DynamicLength, tensors: list[torch.Tensor]) -> None:
+        lengths = {
+            x.shape[dynamic.dims[n]] for n, x in zip(self._leaf_names, tensors, strict=True) if n in dynamic.dims
+        }
+        if len(lengths) != 1 or not dynamic.checked[0] <= min(lengths) <= dynamic.checked[-1]:
+            raise CompileRefused(
+                f"The batch has the padded lengths {sorted(lengths)}; the step was compiled and checked for one length at a "
+                f"time, from {dynamic.checked[0]} to {dynamic.checked[-1]}."
+            )
 
     def _example_leaves(self) -> list[torch.Tensor]:
         return [*self._examples, *(x.to(self.device) for x in self._example_masks.values())]
@@ -306,6 +344,7 @@ def compile(  # the name users of torch.compile expect
     dropout: bool = False,
     disable: Sequence[str] = (),
     precision: str = "float32",
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     observer: Observer | None = None,
 ) -> PrivateStep:
     """Compile one private step of an unedited model.
@@ -325,6 +364,9 @@ def compile(  # the name users of torch.compile expect
     weights in the layout that the CPU multiplies fastest; ``report()`` tells its size). ``precision="bf16"`` multiplies
     with frozen weights in bfloat16 and does all else in float32, the clip and its sums included: about half the time on a
     CPU that has such products, the same sensitivity, gradients rounded to about three digits.
+    ``dynamic_shapes`` says, as for ``torch.export``, which dimensions have the padded length, a **public** number:
+    ``{"input_ids": {1: T}, "attention_mask": {1: T}}`` with ``T = torch.export.Dim("T", min=8, max=128)``. One graph then
+    serves every length from min to max; by default the length is that of ``example_batch``.
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
@@ -342,6 +384,12 @@ def compile(  # the name users of torch.compile expect
     source = Source(
         model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout
     )
+    if dropout and dynamic_shapes:
+        raise CompileRefused(
+            "dynamic_shapes and dropout=True cannot be combined: how many random numbers a sample draws depends on its length. "
+            "Compile once per length, or leave dropout off."
+        )
+    source = dataclasses.replace(source, length=dynamic_length(dynamic_shapes, example_batch, model))
     # The caller's modes are not the model's: captured under no_grad it would have no gradient.
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)
     with warnings.catch_warnings(), modes[0], modes[1], modes[2]:
@@ -375,13 +423,21 @@ def _spoiled(x: torch.Tensor, others: list[int], values: tuple[float, ...]) -> t
     return garbage
 
 
-def check_rows(step: PrivateStep) -> None:
+def check_rows(step: PrivateStep, lengths: Sequence[int] = ()) -> None:
     """Perturbation of what finally runs (design §4): with one row unmasked, the others may be anything, bit for bit.
 
     The row may also stand anywhere: twins in other places contribute the same, up to the rounding of kernels that split
-    a batch.
+    a batch. With a dynamic length: at the lengths given, else at every one that is to be checked.
     """
-    example = step._example_leaves()
+    dynamic = step.dynamic_length
+    if dynamic is None:
+        _check_rows(step, step._example_leaves())
+    else:
+        for length in lengths or dynamic.checked:
+            _check_rows(step, resized(step._example_leaves(), step._leaf_names, dynamic, length))
+
+
+def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
     coarse = step.precision != "float32" or any(t.dtype.itemsize < 4 for t in step.joint.targets)
     tolerance = (2e-2 if coarse else 1e-4) * step.max_grad_norm
     spoils = SPOILS if any(x.dtype.is_floating_point for x in example) else SPOILS[:1]  # integers become 0 in each

@@ -586,7 +586,9 @@ def run_demo(
 
         tokenizer = load_tokenizer(directory)
         records, held_out = (tokenize(part, tokenizer, PADDED_LENGTHS[-1]) for part in (training, test))
-    console.print(f"{len(records)} training and {len(held_out)} test sentences; MiniLM-L6, a new head and biases; {precision()}.")
+    console.print(
+        f"{len(records)} training and {len(held_out)} test sentences; MiniLM-L6, a new head and biases; {precision()}."
+    )
 
     rows: list[dict[str, Any]] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from dpbitfit_fx.batching import (
     global_random_state_kept,
     load_item,
 )
-from dpbitfit_fx.errors import DataError, DPBitFitError
+from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
 from dpbitfit_fx.passes.clipping import Clipping
+from dpbitfit_fx.passes.torch_private import leaf_names
 from dpbitfit_fx.phases import joined_hash
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
@@ -33,7 +35,8 @@ class Engine:
     """One logical batch at a time: records -> physical batches -> one clipped sum -> one noisy gradient.
 
     Args:
-        compiled: one PrivateStep per bucket (padded length), same trainables in the same order; the first has noise.
+        compiled: one PrivateStep per bucket (padded length; the same one for all where it takes them all), same
+            trainables in the same order; the first has noise.
         batches: turns rows into physical batches.
         sampler: draws over all records that are really there.
 
@@ -126,7 +129,7 @@ def build_engine(
     pad_values: Mapping[str, float] | float | None = None,
     example_batch: Any = None,
 ) -> Engine:
-    """One step compiled per padded length, and the batches for them: everything of `fit` that touches a gradient.
+    """One step for all padded lengths, or one for each, and the batches: everything of `fit` that touches a gradient.
 
     `sampler` draws over the records that are really there; the other arguments are those of `fit`.
     """
@@ -141,8 +144,9 @@ def build_engine(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     selection = trainable if isinstance(trainable, str) else list(trainable)
     examples = [layout.example_batch(bucket) for bucket in range(layout.buckets)]
-    steps = [
-        compile_step(
+
+    def compiled(example: Any, **options: Any) -> PrivateStep:
+        return compile_step(
             model,
             loss_fn,
             layout.on_device(example, device),
@@ -154,11 +158,17 @@ def build_engine(
             backend=backend,
             precision=precision,
             public_tensors=public_tensors,
+            **options,
         )
-        for example in examples
-    ]
-    steps[1:] = [step.sharing(steps[0]) if step.added_biases else step for step in steps[1:]]
-    steps[0] = steps[0].with_noise(sigma, expected_batch_size)
+
+    several = layout.buckets > 1 and not dropout  # how much a sample draws depends on its length
+    whole = _one_for_every_length(layout, examples[-1], compiled) if several else None
+    if whole is not None:
+        steps = [whole.with_noise(sigma, expected_batch_size)] * layout.buckets
+    else:
+        steps = [compiled(example) for example in examples]
+        steps[1:] = [step.sharing(steps[0]) if step.added_biases else step for step in steps[1:]]
+        steps[0] = steps[0].with_noise(sigma, expected_batch_size)
     batches = PhysicalBatches(
         dataset,
         layout,
@@ -171,6 +181,27 @@ def build_engine(
     return Engine(steps, batches, sampler)
 
 
+def _one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[..., PrivateStep]) -> PrivateStep | None:
+    """One step that was checked at every padded length; None, with a warning, where the model wants one per length."""
+    padded = {n: leaf.lengths for n, leaf in zip(leaf_names(longest), layout.leaves, strict=True) if leaf.lengths}
+    lengths = next(iter(padded.values()))
+    if any(other != lengths for other in padded.values()):
+        return None  # entries of unequal lengths, such as a source and its translation
+    size = torch.export.Dim("padded_length", min=lengths[0], max=lengths[-1])
+    try:
+        step = compiled(longest, dynamic_shapes={name: {1: size} for name in padded})
+        for length in lengths:
+            step.check_length(length)
+    except CompileRefused as refusal:
+        warnings.warn(
+            f"The step is compiled once for each of the padded lengths {list(lengths)}: one graph for all of them was "
+            f"refused. {refusal}",
+            stacklevel=2,
+        )
+        return None
+    return step
+
+
 def graph_hash_of(compiled: Sequence[PrivateStep]) -> str:
     """Of the one graph, or of all of them where there is one per padded length."""
-    return joined_hash([step.graph_hash for step in compiled])
+    return joined_hash(list({id(step): step.graph_hash for step in compiled}.values()))

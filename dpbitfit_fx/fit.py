@@ -153,7 +153,8 @@ def fit(
             data that you call **public**: its result is reported as it is.
         collate_fn: called with a list of **one** item.
         padded_lengths: public lengths; dimension 0 of an item is padded to the smallest that holds that item. One tuple
-            for all sequences, or a mapping from key to tuple. Records longer than the largest are an error.
+            for all sequences, or a mapping from key to tuple. Records longer than the largest are an error. One graph
+            serves all lengths where the model allows it; else there is one per length, and a warning says why.
         pad_values: by key, or one number. Default 0; -100 for integer sequences called "labels".
         example_batch: **made-up or public** batch, dimension 0 = batch; fixes shapes and dtypes, fills unused rows,
             probes the model. Default: made up from the dtypes and shapes (never values) of the first record.
@@ -381,7 +382,7 @@ def _stage(phase: Phase, engine: Engine, sampler: PoissonSampler) -> Stage:
             "graph_hash": graph_hash_of(engine.compiled),
         },
         fingerprint={
-            "graphs": [step.graph_hash for step in engine.compiled],
+            "graphs": list({id(step): step.graph_hash for step in engine.compiled}.values()),
             "clipping": repr(clipping),
             "trainables": [[name, list(shape)] for name, shape in engine.update.trainable_shapes.items()],
             "optimizer": f"{type(tried).__module__}.{type(tried).__qualname__}",

@@ -19,7 +19,8 @@ import torch
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_export import SGD, AdamW, Layout, Optimizer, flat_parameters, layout_of
-from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
+from dpbitfit_fx.passes.lengths import resized
+from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten, tree_unflatten
 
 BATCH_SIZES: Final = (3, 1, 8)
 Array = npt.NDArray[Any]
@@ -32,11 +33,20 @@ class Probes:
         self.step = step
         self.leaves, self.spec = tree_flatten(step.example_batch)
         self.random = np.random.default_rng(seed)
+        self.dynamic = step.dynamic_length
 
-    def batch(self, rows: int) -> list[torch.Tensor]:
+    def length(self, number: int) -> int | None:
+        """In turn every length at which the step was checked; None where its length is fixed."""
+        return None if self.dynamic is None else self.dynamic.checked[number % len(self.dynamic.checked)]
+
+    def batch(self, rows: int, length: int | None = None) -> list[torch.Tensor]:
+        """``rows`` rows, of the example's own length or of this one."""
         start = int(self.random.integers(0, 1 << 16))
         result = []
-        for leaf in self.leaves:
+        leaves = self.leaves
+        if length is not None:
+            leaves = resized(leaves, leaf_names(self.step.example_batch), self.dynamic, length)
+        for leaf in leaves:
             index = torch.arange(start, start + rows) % leaf.shape[0]
             x = leaf.detach()[index].clone()
             if x.dtype == torch.float32:
@@ -161,6 +171,7 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
     grad = make_session(folder / "grad_step.onnx")
     update = make_session(folder / "update_step.onnx")
     size = layout.num_trainable
+    extra = 0 if probes.dynamic is None else max(0, len(probes.dynamic.checked) - len(batch_sizes))
 
     def run_grad(leaves: Sequence[torch.Tensor], mask: torch.Tensor, theta: Array, accumulator: Array) -> Array:
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
@@ -169,9 +180,9 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
 
     for theta in _steps_of(step, layout, probes):
         with parameters_set(step, layout, theta):
-            for rows in batch_sizes:
+            for number, rows in enumerate((*batch_sizes, *[2] * extra)):
                 for start in (torch.zeros(size), probes.normal(size) * (float(step.max_grad_norm) / size**0.5)):
-                    leaves, mask = probes.batch(rows), probes.mask(rows)
+                    leaves, mask = probes.batch(rows, probes.length(number)), probes.mask(rows)
                     with torch.no_grad():
                         want = step.accumulate(probes.tree(leaves), mask, start).numpy()
                     got = run_grad(leaves, mask, theta, start.numpy())
@@ -317,7 +328,7 @@ def check_ort_training(
             total = torch.zeros(size)
             noise, room = probes.normal(size), 0.0
             for i, rows in enumerate(batch_sizes):
-                leaves, mask = probes.batch(rows), probes.mask(rows)
+                leaves, mask = probes.batch(rows, probes.length(i)), probes.mask(rows)
                 with torch.no_grad():
                     total = step.accumulate(probes.tree(leaves), mask, total)
                 room += contributions(step, probes, leaves, mask)

@@ -35,7 +35,8 @@ from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
 from dpbitfit_fx.passes.clipping import AutomaticClipping
-from dpbitfit_fx.passes.joint_graph import JointGraph, Role
+from dpbitfit_fx.passes.joint_graph import DynamicLength, JointGraph, Role
+from dpbitfit_fx.passes.lengths import resized
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
 from dpbitfit_fx.passes.unify import where
 
@@ -261,12 +262,15 @@ def to_onnx(
     batched: Sequence[bool],
     outputs: Sequence[str],
     what: str,
+    length: DynamicLength | None = None,
+    padded: Mapping[str, int] | None = None,
 ) -> ir.Model:
     """``module(*args)`` as an ONNX model (opset 18, IR 10) whose inputs and outputs carry the given names.
 
     Args:
         batched: for every input, whether its dimension 0 is the batch, which stays free.
         what: what is exported, for error messages.
+        length, padded: the dimension of each named input that is the padded length, which stays free within its range.
 
     Raises:
         ExportError: torch cannot trace it with a free batch size, or has no ONNX form for an operator.
@@ -276,7 +280,9 @@ def to_onnx(
     except ImportError as error:
         raise ExportError("Exporting needs onnx and onnxscript: pip install 'dpbitfit_fx[ort]'.") from error
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    dynamic = tuple({0: batch} if b else None for b in batched)
+    size = torch.export.Dim("length", min=length.checked[0], max=length.checked[-1]) if length is not None else None
+    at = {name: {dim: size} for name, dim in (padded or {}).items()}
+    dynamic = tuple({0: batch, **at.get(n, {})} if b else None for n, b in zip(names, batched, strict=True))
     try:
         # The fused attention kernels have layouts that a free batch size cannot follow; math form exports everywhere.
         with torch.no_grad(), _quiet(), sdpa_kernel(SDPBackend.MATH):
@@ -388,6 +394,10 @@ def export_core(step: Any, layout: Layout) -> Core:
     """
     joint: JointGraph = step.partial
     leaves = example_rows(step.example_batch, EXPORT_ROWS)
+    padded: dict[str, int] = {}
+    if joint.length is not None:
+        leaves = resized(leaves, [b.path for b in layout.batch], joint.length, joint.length.captured[0])
+        padded = {b.name: joint.length.dims[b.path] for b in layout.batch if b.path in joint.length.dims}
     taken = {p.onnx_name for p in layout.parameters} | {b.name for b in layout.batch} | set(_RESERVED)
     parameters = iter(layout.parameters)
     batch, rows = iter(layout.batch), iter(leaves)
@@ -421,7 +431,8 @@ def export_core(step: Any, layout: Layout) -> Core:
     lowered = Lowered(joint.module)
     with torch.no_grad():
         lowered(*args)  # on real tensors once: it builds the constants
-    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], "The private gradient step")
+    what = "The private gradient step"
+    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, joint.length, padded)
     freeze(model, frozen)
     return Core(model, layout)
 
@@ -571,6 +582,7 @@ def manifest_of(
         },
         "parameters": [{**dataclasses.asdict(p), "shape": list(p.shape), "numel": p.numel} for p in layout.parameters],
         "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],
+        **_length_of(step.dynamic_length),
         "max_grad_norm": float(step.max_grad_norm),
         "clipping": {"type": type(step.clipping).__name__, **_public_fields(step.clipping)},
         "noise_multiplier": float(step.noise_multiplier),
@@ -582,6 +594,13 @@ def manifest_of(
         "libraries": versions,
         **extra,
     }
+
+
+def _length_of(length: DynamicLength | None) -> dict[str, Any]:
+    """Which dimensions of the batch take other lengths than the shapes say; nothing where none does."""
+    if length is None:
+        return {}
+    return {"dynamic_length": {"dims": dict(length.dims), "min": length.checked[0], "max": length.checked[-1]}}
 
 
 def _public_fields(value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from .lowering import Lowered
-from .passes.joint_graph import JointGraph, Role
+from .passes.joint_graph import DynamicLength, JointGraph, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Report:
     folded: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     dropout: tuple[str, ...] = ()
+    padded_length: str = ""
 
     @property
     def share(self) -> float:
@@ -52,6 +53,7 @@ class Report:
         lines += [f"  unused by the loss  {name}" for name in self.unused]
         lines += [f"  assumed public  {name}" for name in self.public_inputs]
         lines += [f"  dropout  {what}" for what in self.dropout]
+        lines += [f"  padded length, public  {self.padded_length}"] if self.padded_length else []
         lines += [f"  assertion on values taken out  {what}" for what in self.dropped]
         lines += [
             f"  pass {name}: {before} -> {after} nodes in {seconds:.2f} s"
@@ -94,4 +96,12 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
             f"{'uniforms' if d.keep is None else f'keeps {d.keep:g}'} {list(d.shape)} a sample.{d.origin}"
             for d in joint.draws
         ),
+        padded_length=_padded_length(joint.length),
     )
+
+
+def _padded_length(length: DynamicLength | None) -> str:
+    if length is None:
+        return ""
+    places = ", ".join(f"dimension {dim} of {name}" for name, dim in length.dims.items())
+    return f"{length.checked[0]} to {length.checked[-1]}, checked at {', '.join(map(str, length.checked))}: {places}"

@@ -26,6 +26,7 @@ from .explain import advice, first_line, unbatched, user_line
 from .exportable import Exportable
 from .functional_program import functional_program
 from .joint_graph import Input, JointGraph, Role, Source, finish
+from .lengths import any_length
 from .model_state import (
     dropout_as_asked,
     no_hidden_randomness,
@@ -123,7 +124,14 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
 
 
 def capture(source: Source) -> JointGraph:
-    """The joint graph ``(trainables, frozen, batch) -> (loss [B], per-sample gradients)`` for any batch size."""
+    """The joint graph ``(trainables, frozen, batch) -> (loss [B], per-sample gradients)`` for any batch size.
+
+    With ``source.length``, for any padded length too: from two captures.
+    """
+    return _capture(source) if source.length is None else any_length(_capture, source)
+
+
+def _capture(source: Source) -> JointGraph:
     refuse_train_mode_batchnorm(source.model)
     program = export_one(source)
     tensors, _, spec, names, size = split_batch(source.example_batch)

@@ -11,6 +11,7 @@ from torch import fx
 from . import template
 from .errors import SealBroken
 from .joint_graph import Fact, JointGraph, Role
+from .matching import public_sizes
 from .torch_private import has_effect, is_op, is_random, returns_several, schema_is_mutable
 
 aten = torch.ops.aten
@@ -54,7 +55,8 @@ SHAPE_USERS = {
 
 
 def functional(joint: JointGraph) -> None:
-    """Only operators that write, draw and assert nothing, and the batch size only in shapes."""
+    """Only operators that write, draw and assert nothing; the batch size only in shapes. The padded length is public."""
+    public = public_sizes(joint)
     for node in joint.module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -66,13 +68,15 @@ def functional(joint: JointGraph) -> None:
                     f"The graph indexes {node.args[0]}, which is one tensor: its rows would be picked apart."
                 )
             continue
+        if node in public:
+            continue
         if node.target is operator.mul:
             if (
                 not isinstance(node.args[0], fx.Node)
                 or node.args[0].target is not aten.sym_size.int
-                or type(node.args[1]) is not int
+                or not (type(node.args[1]) is int or node.args[1] in public)
             ):
-                raise SealBroken("The graph multiplies something other than the batch size by a constant.")
+                raise SealBroken("The graph multiplies something other than the batch size by a public constant.")
         elif not is_op(node.target):
             raise SealBroken(f"The graph calls {node.target}, which is not an operator.")
         elif has_effect(node.target):

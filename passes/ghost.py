@@ -20,7 +20,8 @@ from torch import fx
 
 from .errors import PassError
 from .ghost_sum import Ghost
-from .joint_graph import JointGraph, copy_graph, finish
+from .joint_graph import Extent, JointGraph, copy_graph, finish
+from .lengths import Sizes, sizes_of
 from .random_draws import example
 from .torch_private import tree_flatten
 
@@ -66,9 +67,16 @@ def ghost(joint: JointGraph) -> JointGraph:
     loss, *gradients = results
     notes: list[tuple[str, str]] = []
     found: dict[int, Ghost] = {}
+    sizes = sizes_of(graph, joint) if joint.length is not None else None
     for at, (target, node) in enumerate(zip(joint.targets, gradients, strict=True)):
         terms = None if choice is False else factors(node, joint.flat_dtype)
-        if terms is None or len({t.sizes[:2] for t in terms}) != 1 or math.prod(terms[0].sizes[:2]) != target.numel:
+        fixed = terms is not None and not any(isinstance(s, Extent) for t in terms for s in t.sizes[:2])
+        if (
+            terms is None
+            or not fixed
+            or len({t.sizes[:2] for t in terms}) != 1
+            or math.prod(terms[0].sizes[:2]) != target.numel
+        ):
             if target.numel >= SMALLEST and choice is not False:
                 notes.append(
                     (
@@ -83,7 +91,11 @@ def ghost(joint: JointGraph) -> JointGraph:
                 notes.append((target.name, f"materialised: {target.numel} numbers against 2 x {length}^2"))
             continue
         with graph.inserting_before(output):
-            found[at] = side_by_side(graph, terms)
+            factored = side_by_side(graph, terms, sizes)
+        if factored is None:
+            notes.append((target.name, "materialised: the number of its tokens is no multiple of the padded length"))
+            continue
+        found[at] = factored
         kinds = ", ".join("product" if isinstance(t, _Product) else "lookup" for t in terms)
         notes.append((target.name, f"ghost norm: 2 x {length}^2 numbers instead of {target.numel} ({kinds})"))
     if not found:
@@ -132,20 +144,26 @@ def factors(node: Any, dtype: torch.dtype) -> list[_Product | _Rows] | None:
     return None
 
 
-def side_by_side(graph: fx.Graph, terms: list[_Product | _Rows]) -> Ghost:
-    """One ghost of several terms: ``sum_k G_k' A_k = [G_1; G_2; ..]' [A_1; A_2; ..]``."""
+def side_by_side(graph: fx.Graph, terms: list[_Product | _Rows], sizes: Sizes | None = None) -> Ghost | None:
+    """One ghost of several terms: ``sum_k G_k' A_k = [G_1; G_2; ..]' [A_1; A_2; ..]``; None where T has no node."""
 
     def join(nodes: list[fx.Node]) -> fx.Node | None:
         return None if not nodes else nodes[0] if len(nodes) == 1 else graph.call_function(aten.cat.default, (nodes, 1))
 
+    def total(counts: list[int]) -> int | fx.Node | None:
+        others = sum(getattr(n, "other", n) for n in counts)
+        return sum(counts) if sizes is None else sizes.size(sum(counts), others)
+
     products, rows = [t for t in terms if isinstance(t, _Product)], [t for t in terms if isinstance(t, _Rows)]
+    tokens, lookups = total([t.sizes[2] for t in products]), total([t.sizes[2] for t in rows])
+    if tokens is None or lookups is None:
+        return None
     left = [_tokens_first(graph, t.left) for t in products]
     g = [t.right if t.turned else x for t, x in zip(products, left, strict=True)]
     a = [x if t.turned else t.right for t, x in zip(products, left, strict=True)]
     p, d, _ = terms[0].sizes
     return Ghost(
-        join(g), join(a), join([t.index for t in rows]), join([t.rows for t in rows]), p, d,
-        sum(t.sizes[2] for t in products), sum(t.sizes[2] for t in rows),
+        join(g), join(a), join([t.index for t in rows]), join([t.rows for t in rows]), p, d, tokens, lookups
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ LARGEST_FACTORS = 1e40  # squared
 
 @dataclasses.dataclass(frozen=True)
 class Ghost:
-    """Sources of one ghost gradient and their public sizes; the halves that are absent are None."""
+    """Sources of one ghost gradient and their public sizes (p and d constants); the halves that are absent are None."""
 
     g: fx.Node | None
     a: fx.Node | None
@@ -40,8 +40,8 @@ class Ghost:
     e: fx.Node | None
     rows: int  # p
     columns: int  # d
-    tokens: int  # T
-    lookups: int  # N
+    tokens: int | fx.Node  # T; a node where it depends on the padded length
+    lookups: int | fx.Node  # N
 
     def outputs(self) -> tuple[Any, ...]:
         """How the graph carries it between the passes ``ghost`` and ``clip``."""

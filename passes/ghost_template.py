@@ -8,6 +8,7 @@ matrices, all of them with every cross term, the rows that are not kept are zero
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class GhostMatch:
     a: fx.Node | None = None
     index: fx.Node | None = None
     e: fx.Node | None = None
-    sizes: tuple[int, int, int, int] = (0, 0, 0, 0)  # p, d, T, N
+    sizes: tuple[Any, ...] = (0, 0, 0, 0)  # p, d, T, N; T and N may be nodes of public sizes
 
     @property
     def sources(self) -> list[fx.Node]:
@@ -40,10 +41,11 @@ class GhostMatch:
         return [v.args[0] for v in views if isinstance(v.args[0], fx.Node)]
 
 
-def match_sum(piece: Any, numel: int, batch: fx.Node) -> GhostMatch:
+def match_sum(piece: Any, numel: int, batch: fx.Node, public: Collection[fx.Node] = ()) -> GhostMatch:
     """``reshape(mm(reshape(c G)', reshape(A)) + embedding_dense_backward(c E, idx), [1, p d])``, one half or both.
 
-    ``batch`` is the node B: the views of the sources are ``[B, ..]``.
+    ``batch`` is the node B: the views of the sources are ``[B, ..]``. ``public``: the graph's nodes for public sizes;
+    T and N may be among them, p and d are constants.
     """
     flat = expect(piece, aten.reshape.default, WHAT)
     if as_list(flat.args[1]) != [1, numel]:
@@ -69,8 +71,8 @@ def match_sum(piece: Any, numel: int, batch: fx.Node) -> GhostMatch:
             keep, scale, g = _scaled(left.args[0])
             kept, a = _kept(right.args[0])
             keeps += [(keep, scale), (kept, None)]
-            _, tokens, rows = _view(g, 3, batch)
-            _, also, columns = _view(a, 3, batch)
+            _, tokens, rows = _view(g, 3, batch, public)
+            _, also, columns = _view(a, 3, batch, public)
             if also != tokens or as_list(left.args[1]) != [-1, rows] or as_list(right.args[1]) != [-1, columns]:
                 raise SealBroken(f"{WHAT}: the factors are read with other shapes than the norm's.")
         else:
@@ -79,8 +81,8 @@ def match_sum(piece: Any, numel: int, batch: fx.Node) -> GhostMatch:
             keep, scale, e = _scaled(add.args[0])
             keeps.append((keep, scale))
             index = add.args[1]
-            _, lookups = _view(index, 2, batch)
-            _, also, width = _view(e, 3, batch)
+            _, lookups = _view(index, 2, batch, public)
+            _, also, width = _view(e, 3, batch, public)
             count = add.args[2]
             if also != lookups or (columns and width != columns) or (rows and count != rows) or type(count) is not int:
                 raise SealBroken(f"{WHAT}: the rows of the index have another shape than the product's.")
@@ -117,11 +119,12 @@ def _scaled(node: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
     return keep, expect(product.args[1], aten.reshape.default, WHAT, users=None), x
 
 
-def _view(node: Any, dims: int, batch: fx.Node) -> list[Any]:
-    """The sizes of a view ``[B, ..]`` of a source, whose last ones are public constants."""
+def _view(node: Any, dims: int, batch: fx.Node, public: Collection[fx.Node]) -> list[Any]:
+    """The sizes ``[B, T]`` or ``[B, T, p]`` of a view of a source: p a constant, T a constant or a public size."""
     view = expect(node, aten.reshape.default, WHAT, users=None)
     sizes = as_list(view.args[1])
-    if len(sizes) != dims or sizes[0] is not batch or any(type(s) is not int or s < 1 for s in sizes[1:]):
+    rest = [s for at, s in enumerate(sizes) if at != 0 and not (at == 1 and isinstance(s, fx.Node) and s in public)]
+    if len(sizes) != dims or sizes[0] is not batch or any(type(s) is not int or s < 1 for s in rest):
         raise SealBroken(
             f"{WHAT}: a factor has the shape {sizes}; expected one row per record and {dims - 1} public sizes."
         )

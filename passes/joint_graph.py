@@ -127,6 +127,43 @@ class TrailEntry:
     notes: tuple[str, ...] = ()
 
 
+class Extent(int):
+    """A size that depends on the padded length: its value at the first captured length, and ``other`` at the second.
+
+    It equals no plain integer, and another Extent only where both values do: what is equal by chance at one length is
+    told apart. Only ``lengths.Sizes`` turns it into something that a graph may hold.
+    """
+
+    other: int
+
+    def __new__(cls, value: int, other: int) -> Extent:
+        self = super().__new__(cls, value)
+        self.other = int(other)
+        return self
+
+    def __eq__(self, that: object) -> bool:
+        return isinstance(that, Extent) and int(self) == int(that) and self.other == that.other
+
+    def __ne__(self, that: object) -> bool:
+        return not self == that
+
+    def __hash__(self) -> int:
+        return hash((int(self), self.other))
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicLength:
+    """The batch entries that have the padded length T, and their dimension; T is public (design §6).
+
+    ``captured``: the two lengths of the captures; ``checked``: where the meaning is checked, ascending. The step accepts
+    every length from the first to the last of these.
+    """
+
+    dims: Mapping[str, int]
+    captured: tuple[int, int]
+    checked: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """What the user gave ``compile``: the model is never edited."""
@@ -142,6 +179,7 @@ class Source:
     add_bias: bool = False
     ghost_norms: bool | None = None
     dropout: bool = False
+    length: DynamicLength | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +192,8 @@ class JointGraph:
     ``state`` maps an input's target to the live tensor of the user's model (by reference, never a copy), and the name of
     each of the ``added`` biases to a parameter that the model does not have. ``folded`` names the operators of the user's
     program that a rule of ours batched, ``slow`` those that it unrolled over time, ``dropped`` the assertions on values
-    that were taken out, ``draws`` the random numbers of one sample, which the last batch inputs hold.
+    that were taken out, ``draws`` the random numbers of one sample, which the last batch inputs hold. ``length``: the public
+    dimensions of the batch that may vary, if any.
     """
 
     module: fx.GraphModule
@@ -173,6 +212,7 @@ class JointGraph:
     dropped: tuple[str, ...] = ()
     ghosts: tuple[tuple[str, str], ...] = ()
     draws: tuple[Draw, ...] = ()
+    length: DynamicLength | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:

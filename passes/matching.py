@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from .errors import SealBroken
+from .joint_graph import JointGraph, Role
 
 aten = torch.ops.aten
 # Positional arguments of the operators of the template; two where not listed. One more could be `keepdim` or `alpha`.
@@ -47,3 +49,22 @@ def expect(node: Any, target: Any, what: str, users: int | None = 1, **kwargs: A
 def constant(value: Any, expected: float, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != expected:
         raise SealBroken(f"{what}: found {value!r}, expected the public constant {expected!r}.")
+
+
+def public_sizes(joint: JointGraph) -> set[fx.Node]:
+    """The padded length (declared dimensions of batch inputs, design §6), and what sums, products and quotients make of it."""
+    dims = {} if joint.length is None else joint.length.dims
+    declared = {(joint.placeholder(i.name), dims[i.target]) for i in joint.with_role(Role.BATCH) if i.target in dims}
+    found: set[fx.Node] = set()
+    for node in joint.module.graph.nodes:
+        if node.target is aten.sym_size.int:
+            known = node.args in declared and node.args[1] != 0 and not node.kwargs
+        else:
+            known = (
+                node.target in (operator.mul, operator.add, operator.floordiv)
+                and len(node.args) == 2
+                and all(type(x) is int or x in found for x in node.args)
+            )
+        if known:
+            found.add(node)
+    return found

@@ -16,7 +16,9 @@ from torch.autograd.function import BackwardCFunction
 from .bias_slots import applied, moved
 from .errors import CompileRefused
 from .joint_graph import JointGraph, Source
+from .lengths import ADVICE, resized
 from .model_state import dropout_as_asked, untouched
+from .probes import first_failing, length_of, probes_of, tensors_of
 from .random_draws import example, of_row
 from .replay import replaying
 from .torch_private import tree_flatten, tree_unflatten
@@ -29,14 +31,18 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
     assert joint.source is not None
     kinds, model = {"per sample", "mean", "sum"}, joint.source.model
-    probes = _probes(joint.source)
+    probes = probes_of(joint.source)
     with (
         untouched(model),
         dropout_as_asked(model, joint.source.dropout),
         applied(model, joint.added, joint.state),
     ):
         for batch in probes:
-            kinds &= _compare_at_zero(joint, batch)
+            try:
+                kinds &= _compare_at_zero(joint, batch)
+            except CompileRefused as error:
+                _refuse_length(joint, batch, error)
+                raise
             if not kinds:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(_mixing(joint, batch, what))
@@ -61,6 +67,20 @@ def _check_draws(joint: JointGraph, batch: list[torch.Tensor]) -> None:
                 f"sample. The first of its {len(joint.draws)} draws:{joint.draws[0].origin or ' unknown.'} Leave "
                 "dropout=False, or put modules that draw out of order, or without using it, in eval mode."
             ) from error
+
+
+def _refuse_length(joint: JointGraph, batch: list[torch.Tensor], error: CompileRefused) -> None:
+    """Refuses the dynamic length where the same rows agree at a captured length: the fault is the length's alone."""
+    source, dynamic = joint.source, joint.length
+    if source is None or dynamic is None:
+        return
+    names = tensors_of(source.example_batch)[1]
+    if _agrees(joint, [resized(batch, names, dynamic, dynamic.captured[0])]):
+        raise CompileRefused(
+            f"dynamic_shapes: the graph captured at the lengths {dynamic.captured[0]} and {dynamic.captured[1]} is not the "
+            f"model{length_of(source, batch)}: it branches on the length, or depends on it in a way that two lengths do not "
+            f"show. {ADVICE} ({str(error)[:600]})"
+        ) from error
 
 
 def _compare_at_zero(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
@@ -101,27 +121,6 @@ def _refuse_added(wrong: list[str]) -> NoReturn:
     )
 
 
-def _probes(source: Source) -> list[list[torch.Tensor]]:
-    leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
-    size = leaves[0].shape[0]
-    generator = torch.Generator().manual_seed(0)  # probes are made-up data; nothing private rides on this seed
-    probes = []
-    for rows in (2, 3, 17):
-        index = torch.randperm(size, generator=generator).repeat(rows // size + 1)[:rows]
-        probes.append([_perturb(x[index.to(x.device)], generator) for x in leaves])
-    full = torch.arange(size).repeat(2)[: max(2, min(size, 4))]
-    probes.append([x[full.to(x.device)].clone() for x in leaves])
-    return probes
-
-
-def _perturb(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if not x.dtype.is_floating_point:
-        return x.clone()
-    noise = torch.randn(x.shape, generator=generator).to(x)
-    scale = x.float().std().nan_to_num(0.0).to(x) * 0.3 if x.numel() > 1 else x.new_tensor(0.0)
-    return x + noise * scale
-
-
 def run_joint(
     joint: JointGraph, batch: list[torch.Tensor], given: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -129,10 +128,11 @@ def run_joint(
     with torch.no_grad():
         try:
             loss, *gradients = joint.module(*joint.values([*batch, *given]))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
+            also = "" if joint.length is None else " and of this length"
             raise CompileRefused(
-                f"The captured graph does not run for a batch of {batch[0].shape[0]} samples ({str(error)[:300]}): a size in "
-                "it depends on the batch in a way that is not understood."
+                f"The captured graph does not run for a batch of {batch[0].shape[0]} samples{also} ({str(error)[:300]}): a "
+                f"size in it depends on the batch in a way that is not understood.{first_failing(joint, [*batch, *given])}"
             ) from error
     return loss, gradients
 
@@ -191,9 +191,10 @@ def _compare_given(
             except CompileRefused:
                 raise
             except Exception as error:
+                also = "" if source.length is None else ", and for every length that dynamic_shapes declares"
                 raise CompileRefused(
-                    f"loss_fn failed on a batch of {size} samples ({type(error).__name__}: {str(error)[:300]}). It must work for "
-                    "every batch size, since private batches vary in size."
+                    f"loss_fn failed on a batch of {size} samples{length_of(source, batch)} ({type(error).__name__}: "
+                    f"{str(error)[:300]}). It must work for every batch size, since private batches vary in size{also}."
                 ) from error
             captured, gradients = run_joint(joint, batch, given)
             if loss.shape == (size,):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .joint_graph import JointGraph, copy_graph, finish
+from .joint_graph import Extent, JointGraph, copy_graph, finish
 
 aten = torch.ops.aten
 VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
@@ -83,6 +83,8 @@ def _fuse_linear(graph: fx.Graph, vectors: set[str]) -> None:
                 continue
             columns, full, shape = mm.meta.get("shape"), rest.meta.get("shape"), other.meta.get("shape")
             if columns is None or full is None or shape is None or columns[-1] != full[-1]:
+                continue
+            if isinstance(columns[-1], Extent):  # a reshape would write it down
                 continue
             if other.name in vectors and shape == (columns[-1],):
                 operand = other

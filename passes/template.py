@@ -19,7 +19,7 @@ from . import ghost_template
 from .clipping import KINDS, SMALLEST_SQUARED_NORM, AutomaticClipping, AutoVClipping, Layer
 from .errors import SealBroken
 from .joint_graph import JointGraph, Role
-from .matching import as_list, constant, expect
+from .matching import as_list, constant, expect, public_sizes
 
 aten = torch.ops.aten
 LARGEST_SQUARED_NORM = 1e60
@@ -210,7 +210,7 @@ def match_block(joint: JointGraph, piece: Any, start: int, batch: fx.Node) -> Bl
     if isinstance(piece, fx.Node) and piece.target is aten.reshape.default:
         if start >= len(joint.targets):
             raise SealBroken(f"gradients: more than {len(joint.targets)} for as many trainables; one was added.")
-        ghost = ghost_template.match_sum(piece, joint.targets[start].numel, batch)
+        ghost = ghost_template.match_sum(piece, joint.targets[start].numel, batch, public_sizes(joint))
         return Block([start], ghost.weights, ghost.column, ghost.sources, ghost=ghost)
     product = expect(piece, aten.mm.default, "weighted sum")
     rows = expect(product.args[1], aten.where.ScalarOther, "non-finite rows")

@@ -1,0 +1,76 @@
+"""The made-up batches on which ``check_meaning`` compares the user's model with the captured step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .joint_graph import JointGraph, Source
+from .lengths import resized
+from .torch_private import leaf_names, tree_flatten
+from .unify import where
+
+
+def probes_of(source: Source) -> list[list[torch.Tensor]]:
+    """Several sizes, permuted and perturbed; with ``source.length`` in turn at every length that is to be checked."""
+    leaves, names = tensors_of(source.example_batch)
+    size = leaves[0].shape[0]
+    generator = torch.Generator().manual_seed(0)  # probes are made-up data; nothing private rides on this seed
+    lengths = source.length.checked if source.length is not None else ()
+    probes = []
+    for at, rows in enumerate([2, 3, 17, 0, *[3] * (len(lengths) - 4)]):
+        index = torch.randperm(size, generator=generator).repeat(rows // size + 1)[:rows]
+        if not rows:
+            index = torch.arange(size).repeat(2)[: max(2, min(size, 4))]
+        probe = [x[index.to(x.device)].clone() for x in leaves]
+        if source.length is not None:
+            probe = resized(probe, names, source.length, lengths[at % len(lengths)])
+        probes.append([perturbed(x, generator) for x in probe] if rows else probe)
+    return probes
+
+
+def tensors_of(batch: Any) -> tuple[list[torch.Tensor], list[str]]:
+    """The tensor leaves of a batch and their names."""
+    pairs = [
+        (x, n) for x, n in zip(tree_flatten(batch)[0], leaf_names(batch), strict=True) if isinstance(x, torch.Tensor)
+    ]
+    return [x for x, _ in pairs], [n for _, n in pairs]
+
+
+def perturbed(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not x.dtype.is_floating_point:
+        return x.clone()
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    scale = x.float().std().nan_to_num(0.0).to(x) * 0.3 if x.numel() > 1 else x.new_tensor(0.0)
+    return x + noise * scale
+
+
+def length_of(source: Source, batch: list[torch.Tensor]) -> str:
+    """`` of length n``, where the length may vary."""
+    if source.length is None:
+        return ""
+    _, names = tensors_of(source.example_batch)
+    dims = source.length.dims
+    return f" of length {next(x.shape[dims[n]] for x, n in zip(batch, names, strict=True) if n in dims)}"
+
+
+class _Failing(fx.Interpreter):
+    """Runs a graph and knows the node it was at."""
+
+    at: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n
+        return super().run_node(n)
+
+
+def first_failing(joint: JointGraph, batch: list[torch.Tensor]) -> str:
+    """`` The operator .. is the first that fails. It comes from ..``, or nothing."""
+    run = _Failing(joint.module)
+    try:
+        run.run(*joint.values(batch))
+    except (RuntimeError, IndexError):
+        return f" The operator {run.at.target} is the first that fails.{where(run.at)}" if run.at is not None else ""
+    return ""
