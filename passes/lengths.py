@@ -85,9 +85,10 @@ class Sizes:
 
     def learn(self, x: fx.Node, y: fx.Node) -> None:
         """``(L + 2 p - d (k - 1) - 1) // s + 1``: the length behind a convolution, from the length L before it."""
-        if x.target is not aten.convolution.default or x.args[6]:
+        args: Any = x.args
+        if x.target is not aten.convolution.default or args[6]:
             return
-        (source, weight, _, *options), source_y = x.args[:6], y.args[0]
+        (source, weight, _, *options), source_y = args[:6], y.args[0]
         shapes: Any = [getattr(n, "meta", {}).get("shape") for n in (source, source_y, x, y, weight)]
         if any(s is None for s in shapes):
             return
