@@ -1,7 +1,7 @@
 """The template of one ghost gradient in an exported graph: its norm is of exactly what is summed (``passes/ghost_sum.py``).
 
-    sum    MatMul(t(c G), A) + ScatterElements(0 [p, d], idx, c E, add)     G [B, T, p], A [B, T, d], idx [B, N], E [B, N, d]
-    norm   sum(H), (sum sqrt(diag H))^2, |G|^2 of the same views, in float64, every cross term included
+sum    MatMul(t(c G), A) + ScatterElements(0 [p, d], idx, c E, add)     G [B, T, p], A [B, T, d], idx [B, N], E [B, N, d]
+norm   sum(H), (sum sqrt(diag H))^2, |G|^2 of the same views, in float64, every cross term included
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dpbitfit_fx.onnx_graph import OnnxGraph
 
 LEAST_SHARE: Final = 1e-4
 LARGEST_FACTOR: Final = 1e40
-SURELY_ABOVE: Final = 1e300  # of everything that was a float32: the exporter's own clamp, which is there for ONNX Runtime
+SURELY_ABOVE: Final = (
+    1e300  # of everything that was a float32: the exporter's own clamp, which is there for ONNX Runtime
+)
 LAST: Final = np.iinfo(np.int64).max
 DOUBLE: Final = 11
 WHAT: Final = "ghost sum"

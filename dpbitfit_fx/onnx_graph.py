@@ -24,8 +24,19 @@ RANDOM: Final = frozenset(
 )
 CONTROL: Final = frozenset(["If", "Loop", "Scan", "SequenceMap"])
 SEQUENCES: Final = frozenset(
-    ["SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"]
-    + ["SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement"]
+    [
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceLength",
+        "SplitToSequence",
+        "ConcatFromSequence",
+        "Optional",
+        "OptionalGetElement",
+        "OptionalHasElement",
+    ]
 )
 STRINGS: Final = frozenset(
     ["StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder"]
@@ -33,8 +44,16 @@ STRINGS: Final = frozenset(
 # The fields of a model, a graph, a node, a tensor and an attribute that are read here. Any other could carry a second graph.
 FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "ModelProto": frozenset(
-        ["ir_version", "opset_import", "producer_name", "producer_version", "domain", "model_version", "doc_string"]
-        + ["graph"]
+        [
+            "ir_version",
+            "opset_import",
+            "producer_name",
+            "producer_version",
+            "domain",
+            "model_version",
+            "doc_string",
+            "graph",
+        ]
     ),
     "GraphProto": frozenset(["node", "name", "initializer", "doc_string", "input", "output", "value_info"]),
     "NodeProto": frozenset(["input", "output", "name", "op_type", "domain", "attribute", "doc_string"]),
@@ -161,7 +180,9 @@ class OnnxGraph:
         if node.domain:
             self.refuse(f"it holds the custom operator {node.domain}::{kind}")
         if kind in RANDOM:
-            self.refuse(f"it holds {kind}, an operator that draws random numbers; ONNX Runtime's generators are not secure")
+            self.refuse(
+                f"it holds {kind}, an operator that draws random numbers; ONNX Runtime's generators are not secure"
+            )
         if kind in CONTROL:
             self.refuse(f"it holds {kind}, which runs a graph inside the graph")
         if kind in STRINGS or (kind in SEQUENCES and not sequences):
@@ -201,7 +222,9 @@ class OnnxGraph:
         if (node.domain, node.op_type) != (domain, op):
             self.refuse(f"{what}: expected {op}, found {node.op_type}")
         if (count is not None and len(node.input) != count) or not all(node.input) or len(node.output) != outputs:
-            self.refuse(f"{what}: {op} has {len(node.input)} inputs and {len(node.output)} outputs; one was added or dropped")
+            self.refuse(
+                f"{what}: {op} has {len(node.input)} inputs and {len(node.output)} outputs; one was added or dropped"
+            )
         helper = self.onnx.helper
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         given = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, bytes) else v for k, v in given.items()}
@@ -238,7 +261,9 @@ class OnnxGraph:
     def scaled(self, name: str, by: float, what: str) -> str:
         """x of ``x * by``. The exporter drops a product with 1."""
         node = self.producer.get(name)
-        if by == 1 and (node is None or node.op_type != "Mul" or len(node.input) != 2 or node.input[1] not in self.constants):
+        if by == 1 and (
+            node is None or node.op_type != "Mul" or len(node.input) != 2 or node.input[1] not in self.constants
+        ):
             return name
         x, factor = self.call(name, "Mul", what)
         self.scalar(factor, by, what)
@@ -261,7 +286,9 @@ class OnnxGraph:
                     continue
                 self.refuse(f"it does not take the input {name!r}")
             tensor = self.inputs[name].type.tensor_type
-            dims = [d.dim_param or None if d.WhichOneof("value") != "dim_value" else d.dim_value for d in tensor.shape.dim]
+            dims = [
+                d.dim_param or None if d.WhichOneof("value") != "dim_value" else d.dim_value for d in tensor.shape.dim
+            ]
             symbols |= {d for d in dims if isinstance(d, str)}
             found = [None if isinstance(d, str) else d for d in dims]
             if (
@@ -270,7 +297,9 @@ class OnnxGraph:
                 or not tensor.HasField("shape")
                 or found != shape
             ):
-                self.refuse(f"its input {name!r} has the type {tensor.elem_type} and shape {dims}; expected {kind}, {shape}")
+                self.refuse(
+                    f"its input {name!r} has the type {tensor.elem_type} and shape {dims}; expected {kind}, {shape}"
+                )
         if len(symbols) > 1:
             self.refuse(f"its inputs do not share one batch size but have {sorted(symbols)}")
 

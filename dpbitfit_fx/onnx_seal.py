@@ -89,7 +89,9 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
             expected_batch_size=float(manifest["expected_batch_size"]),
             names=tuple(str(p["onnx_name"]) for p in parameters),
             shapes=shapes,
-            batch=tuple((str(b["name"]), DTYPES[b["dtype"]], [int(n) for n in b["shape"]]) for b in manifest["batch_inputs"]),
+            batch=tuple(
+                (str(b["name"]), DTYPES[b["dtype"]], [int(n) for n in b["shape"]]) for b in manifest["batch_inputs"]
+            ),
             optimizer=dict(manifest["optimizer"]),
             files=frozenset(manifest["files"]),
         )
@@ -427,7 +429,9 @@ def check_optimizer_model(g: OnnxGraph, said: Declared) -> None:
             g.refuse(f"denominator: the optimizer is fed {source!r}")
         taken.append(g.numbers(index, "denominator").tolist())
     if taken != list(range(len(said.names))):
-        g.refuse(f"denominator: the elements {taken} of the gradients are used, expected every one of {len(said.names)}")
+        g.refuse(
+            f"denominator: the elements {taken} of the gradients are used, expected every one of {len(said.names)}"
+        )
 
 
 def _float32(value: Any) -> float:

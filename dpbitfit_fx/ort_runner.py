@@ -151,7 +151,9 @@ class OrtTrainingBackend:
         # ONNX Runtime takes every input that the checkpoint has a value for as a weight, and asks the user for the rest.
         expected = {*(b["name"] for b in self.manifest["batch_inputs"]), "sample_mask", "noise"}
         weights = {name for name, _ in self.state.parameters}
-        if not {"sample_mask", "noise"} <= set(self.names) <= expected or weights != {p["onnx_name"] for p in self.parameters}:
+        if not {"sample_mask", "noise"} <= set(self.names) <= expected or weights != {
+            p["onnx_name"] for p in self.parameters
+        }:
             raise SealBroken(
                 f"{checkpoint.name}: it holds other values than the trainable parameters, so the noise or the mask might never "
                 "reach the training graph. Export again, or resume from another checkpoint."
