@@ -24,20 +24,8 @@ RANDOM: Final = frozenset(
 )
 CONTROL: Final = frozenset(["If", "Loop", "Scan", "SequenceMap"])
 SEQUENCES: Final = frozenset(
-    [
-        "SequenceAt",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceLength",
-        "SplitToSequence",
-        "ConcatFromSequence",
-        "Optional",
-        "OptionalGetElement",
-        "OptionalHasElement",
-    ]
-)
+    ["SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"]
+) | frozenset(["SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement"])
 STRINGS: Final = frozenset(
     ["StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder"]
 )
@@ -117,6 +105,7 @@ class OnnxGraph:
         self.inputs: dict[str, Any] = {}
         self.producer: dict[str, Any] = {}
         self.readers: dict[str, list[Any]] = {}
+        self.custom: list[str] = []
         for tensor in graph.initializer:
             self._new(tensor.name)
             self._tensor(tensor)
@@ -176,6 +165,7 @@ class OnnxGraph:
         if not node.output or not node.output[0]:
             self.refuse(f"it holds {kind}, which computes nothing that has a name")
         if node.domain == MICROSOFT and kind in custom:
+            self.custom.append(kind)
             return self._attributes(node)
         if node.domain:
             self.refuse(f"it holds the custom operator {node.domain}::{kind}")
@@ -268,6 +258,13 @@ class OnnxGraph:
         x, factor = self.call(name, "Mul", what)
         self.scalar(factor, by, what)
         return x
+
+    def only_custom(self, kind: str, count: int) -> None:
+        """These operators write into their inputs: one more of them could change a weight that nothing here reads again."""
+        if self.custom != [kind] * count:
+            self.refuse(
+                f"it holds the operators {sorted(self.custom)[:5]}, which write in place; expected {count} times {kind}"
+            )
 
     def read_once(self, name: str, what: str) -> None:
         readers = len(self.readers.get(name, []))

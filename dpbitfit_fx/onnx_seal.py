@@ -38,6 +38,7 @@ from dpbitfit_fx.passes.clipping import (
 )
 
 LARGEST_SQUARED_NORM: Final = 1e60
+RESERVED: Final = ("sample_mask", "noise", "accumulator", "theta", "lazy_reset_grad")  # the runner feeds these itself
 FLOAT, INT64, BOOL, DOUBLE = 1, 7, 9, 11  # of onnx.TensorProto
 DTYPES: Final = {"float32": FLOAT, "int64": INT64, "bool": BOOL, "int32": 6, "uint8": 2}
 
@@ -95,12 +96,13 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
             optimizer=dict(manifest["optimizer"]),
             files=frozenset(manifest["files"]),
         )
+        taken = [*result.names, *(name for name, _, _ in result.batch), *RESERVED]
         starts = [sum(result.sizes[:i]) for i in range(len(shapes))]
         consistent = (
             [int(p["offset"]) for p in parameters] == starts
             and [int(p["numel"]) for p in parameters] == result.sizes
             and int(manifest["num_trainable"]) == sum(result.sizes) > 0
-            and len(set(result.names)) == len(result.names)
+            and len(set(taken)) == len(taken)
             and math.isclose(float(manifest["max_grad_norm"]), clipping.sensitivity, rel_tol=1e-12)
             and all(0 < x < math.inf for x in (result.noise_multiplier, result.expected_batch_size))
         )
@@ -162,6 +164,7 @@ def check_training_model(g: OnnxGraph, said: Declared) -> None:
     others: dict[str, Any] = {"noise": (FLOAT, [size]), "lazy_reset_grad": (BOOL, [1])}
     g.has_inputs({**batch, **weights, **buffers, **others}, unused)
     outputs(g, ["done", *(f"{n}_grad.accumulation.out" for n in said.names)])
+    g.only_custom("InPlaceAccumulatorV2", len(said.names))
     (one,) = g.call("done", "Identity", "user output", 1)
     g.numbers(one, "user output")
     total = split = ""
@@ -403,6 +406,7 @@ def check_optimizer_model(g: OnnxGraph, said: Declared) -> None:
     if list(g.inputs) != expected:
         g.refuse(f"it takes the inputs {list(g.inputs)}, expected {expected}")
     outputs(g, ["updated_flag"])
+    g.only_custom("AdamWOptimizer" if adam else "SGDOptimizerV2", 1)
     float32 = {k: _float32(v) for k, v in said.optimizer.items() if isinstance(v, (int, float))}
     if adam:
         b1, b2 = said.optimizer["betas"]
