@@ -91,9 +91,11 @@ def match_ghost_sum(g: OnnxGraph, piece: str, numel: int, alone: bool) -> Ghost:
             where, spread = g.call(where, "Expand", WHAT)
             result.index, single = g.call(where, "Reshape", WHAT)
             g.integers(single, [-1, 1], WHAT)
-            (result.lookups,) = _view(g, result.index, 2)
+            view, count = g.call(result.index, "Mod", "ghost sum's index", fmod=0)
+            (result.lookups,) = _view(g, view, 2)
             also, d = _view(g, result.e, 3)
             p = numel // d
+            g.scalar(count, p, "ghost sum's index")
             g.integers(spread, [1, d], WHAT)
             g.integers(wide, [-1, d], WHAT)
             _zeros(g, zeros, [p, d])

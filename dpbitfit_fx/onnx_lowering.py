@@ -51,10 +51,18 @@ class _Interpreter(fx.Interpreter):
         super().__init__(owner.inner, garbage_collect_values=True)
         self.owner = owner
         self.node: fx.Node | None = None
+        # ONNX counts negative indices from the end, where PyTorch raises: -1 and the last row would be one row of the sum
+        # and two of the ghost norm.
+        self.rows_of = {
+            n.args[1]: n.args[2]
+            for n in owner.inner.graph.nodes
+            if n.target is aten.embedding_dense_backward.default and n.args[1].target is aten.reshape.default
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        return torch.remainder(result, self.rows_of[n]) if n in self.rows_of else result
 
     @property
     def current(self) -> str:

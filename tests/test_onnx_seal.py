@@ -449,6 +449,15 @@ def less_than(f: File, bound: float) -> str:
     raise AssertionError(f"nothing is compared with {bound}")
 
 
+def raw_index(f: File) -> None:
+    """Negative indices reach the sum as the last rows, and the norm as rows of their own."""
+    mod = next(n for n in f.graph.node if n.op_type == "Mod")
+    for node in f.graph.node:
+        for at, name in enumerate(node.input):
+            if name == mod.output[0]:
+                node.input[at] = mod.input[0]
+
+
 GHOST: dict[str, tuple[Edit, str]] = {
     "a cross term is zero": (without_cross_terms, "ghost norm: expected Transpose, found Mul"),
     "the norm sums the diagonal alone": (
@@ -463,6 +472,7 @@ GHOST: dict[str, tuple[Edit, str]] = {
         lambda f: f.replace_constant(f.walk(next(n for n in f.graph.node if n.op_type == "Max").output[0], 1), 1, 1e-9),
         "ghost norm: found 1e-09",
     ),
+    "negative indices are not counted from zero": (raw_index, "ghost sum's index: expected Mod"),
     "a factor is cut": (lambda f: f.replace_constant(f.walk(ghost_norm(f), 1, 1), 1, 1.0), r"a factor is cut at 1\.0"),
 }
 
@@ -688,6 +698,26 @@ def test_a_record_with_an_absurd_factor_does_not_poison_the_exported_sum(tmp_pat
     feed["x"][0], feed["w"][0] = 1e-40, 3e38
     (found,) = session.run(None, feed)
     assert np.linalg.norm(found) == pytest.approx(6**0.5 / (6**0.5 + 0.01), rel=1e-6)
+
+
+def test_negative_token_ids_do_not_escape_the_ghost_norm(ghost: Path, tmp_path: Path) -> None:
+    """ONNX takes -1 for the last row: -1 and 8 are one row of the sum, and must be one row of its norm (R = 0.5)."""
+    shutil.copytree(ghost, tmp_path / "copy")
+    sabotaged = File(tmp_path / "copy" / "grad_step.onnx")
+    raw_index(sabotaged)
+    sabotaged.save()
+
+    def worst(folder: Path) -> float:
+        session = ort.InferenceSession(str(folder / "grad_step.onnx"), providers=["CPUExecutionProvider"])
+        feed = {"sample_mask": np.ones(1, np.float32), "accumulator": np.zeros(54, np.float32)}
+        random, found = np.random.default_rng(0), []
+        for _ in range(200):
+            theta = random.normal(size=54).astype(np.float32)
+            tokens = random.integers(-9, 9, (1, 3))
+            found.append(np.linalg.norm(session.run(None, {**feed, "tokens": tokens, "theta": theta})[0]))
+        return float(max(found))
+
+    assert 0.49 < worst(ghost) <= 0.5 * (1 + 1e-5) and worst(tmp_path / "copy") > 0.55
 
 
 def test_without_onnx_nothing_is_loaded_and_the_seal_needs_no_torch(plain: Path, tmp_path: Path) -> None:
