@@ -34,6 +34,7 @@ from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fing
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
+from dpbitfit_fx.onnx_rows import pin_rows
 from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role
@@ -424,6 +425,7 @@ def export_core(step: Any, layout: Layout) -> Core:
         lowered(*args)  # on real tensors once: it builds the constants
     model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], "The private gradient step")
     freeze(model, frozen)
+    pin_rows(model, [p.numel for p in layout.parameters], constant)
     return Core(model, layout)
 
 

@@ -1,7 +1,7 @@
 """The template of one ghost gradient in an exported graph: its norm is of exactly what is summed (``passes/ghost_sum.py``).
 
 sum    MatMul(t(c G), A) + ScatterElements(0 [p, d], idx, c E, add)     G [B, T, p], A [B, T, d], idx [B, N], E [B, N, d]
-norm   sum(H), (sum sqrt(diag H))^2, |G|^2 of the same views, in float64, every cross term included
+norm   sum(H), (sum sqrt(diag H))^2, |G|^2, |[A; E]|^2 of the same views, in float64, every cross term included
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from dpbitfit_fx.onnx_graph import OnnxGraph
 
 LEAST_SHARE: Final = 1e-4
-LARGEST_FACTOR: Final = 1e40
+LARGEST_FACTORS: Final = 1e40
 SURELY_ABOVE: Final = (
     1e300  # of everything that was a float32: the exporter's own clamp, which is there for ONNX Runtime
 )
@@ -156,16 +156,15 @@ def _scaled(g: OnnxGraph, name: str) -> tuple[str, str, str]:
 
 
 def _view(g: OnnxGraph, name: str, dims: int) -> list[int]:
-    """The public sizes after the batch axis of a view ``[-1, ..]``."""
-    _, shape = g.call(name, "Reshape", WHAT)
-    sizes = g.numbers(shape, WHAT).tolist()
-    if len(sizes) != dims or sizes[0] != -1 or min(sizes[1:]) < 1:
-        g.refuse(f"{WHAT}: a factor has the shape {sizes}, expected -1 and {dims - 1} public sizes")
-    return [int(n) for n in sizes[1:]]
+    """The public sizes after the batch axis of a view ``[B, ..]``."""
+    _, sizes = g.rows(name, WHAT)
+    if len(sizes) != dims - 1:
+        g.refuse(f"{WHAT}: a factor has rows of the shape {sizes}, expected {dims - 1} sizes")
+    return sizes
 
 
-def match_ghost_norm(g: OnnxGraph, squared: str, bound: str, trace: str, ghost: Ghost) -> None:
-    """``sum(H)``, ``(sum sqrt(diag H))^2`` and ``|G|^2`` of the views that ``match_ghost_sum`` found."""
+def match_ghost_norm(g: OnnxGraph, squared: str, bound: str, traces: list[str], ghost: Ghost) -> None:
+    """``sum(H)``, ``(sum sqrt(diag H))^2`` and the two sizes of the views that ``match_ghost_sum`` found."""
     what, other = "ghost norm", "ghost norm: it is taken over other factors than those that are summed"
     side = ghost.tokens + ghost.lookups
     h, axes = g.call(squared, "ReduceSum", what, keepdims=0)
@@ -193,10 +192,11 @@ def match_ghost_norm(g: OnnxGraph, squared: str, bound: str, trace: str, ghost: 
         wide = _gram(g, dense)
         if g.call(wide, "Cast", what, 1, to=DOUBLE) != [ghost.g]:
             g.refuse(other)
-        entries, axes = g.call(trace, "ReduceSum", what, keepdims=0)
-        g.integers(axes, [1], what)
-        if _diagonal(g, entries, ghost.tokens) != dense:
-            g.refuse(f"{what}: the size of a factor is not tested")
+        for trace, gram, length in zip(traces, (dense, right), (ghost.tokens, side), strict=True):
+            entries, axes = g.call(trace, "ReduceSum", what, keepdims=0)
+            g.integers(axes, [1], what)
+            if _diagonal(g, entries, length) != gram:
+                g.refuse(f"{what}: the size of a factor is not tested")
     if ghost.index:
         (equal,) = g.call(same, "Cast", what, 1, to=DOUBLE)
         down, across = g.call(equal, "Equal", what)

@@ -259,6 +259,17 @@ class OnnxGraph:
         self.scalar(factor, by, what)
         return x
 
+    def rows(self, name: str, what: str) -> tuple[str, list[int]]:
+        """x and the sizes of ``Reshape(x, [B, *sizes])``, where B is the length of sample_mask: one row per record."""
+        x, shape = self.call(name, "Reshape", what)
+        count, rest = self.call(shape, "Concat", what, axis=0)
+        if self.call(count, "Shape", what, 1) != ["sample_mask"]:
+            self.refuse(f"{what}: it does not have one row per entry of sample_mask")
+        sizes = self.numbers(rest, what)
+        if sizes.ndim != 1 or sizes.dtype != np.int64 or not (sizes > 0).all():
+            self.refuse(f"{what}: a row has the shape {sizes.tolist()}")
+        return x, [int(n) for n in sizes]
+
     def only_custom(self, kind: str, count: int) -> None:
         """These operators write into their inputs: one more of them could change a weight that nothing here reads again."""
         if self.custom != [kind] * count:

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from dpbitfit_fx.errors import ArtifactError
-from dpbitfit_fx.onnx_ghost_seal import LARGEST_FACTOR, LEAST_SHARE, Ghost, match_ghost_norm, match_ghost_sum, stacked
+from dpbitfit_fx.onnx_ghost_seal import LARGEST_FACTORS, LEAST_SHARE, Ghost, match_ghost_norm, match_ghost_sum, stacked
 from dpbitfit_fx.onnx_graph import MICROSOFT, OnnxGraph
 from dpbitfit_fx.passes.clipping import (
     KINDS,
@@ -279,8 +279,9 @@ def match_block(g: OnnxGraph, piece: str, start: int, said: Declared, alone: boo
         g.refuse(f"gradients: {start + len(views)} for {len(said.names)} parameters; one was dropped or added")
     sources = []
     for view, name, size in zip(views, names, sizes, strict=True):
-        source, shape = g.call(view, "Reshape", f"gradient of {name}")
-        g.integers(shape, [-1, size], f"gradient of {name}")
+        source, shape = g.rows(view, f"gradient of {name}")
+        if shape != [size]:
+            g.refuse(f"gradient of {name}: it has {shape} entries per record, expected {size}")
         sources.append(source)
     return Block(list(range(start, start + len(views))), factors, keep, values, sources)
 
@@ -303,10 +304,12 @@ def match_factor(g: OnnxGraph, factors: str, keep: str, bound: float, clipping: 
     return squared
 
 
-def match_keep(g: OnnxGraph, keep: str, norms: list[str], clipping: Clipping, ghosts: list[Ghost]) -> dict[int, str]:
-    """``mask != 0 and n^2 < 1e60`` (AUTO-V: ``and n^2 > 1e-24``; ghosts: ``and sum |G|^2 < 1e40``).
+def match_keep(
+    g: OnnxGraph, keep: str, norms: list[str], clipping: Clipping, ghosts: list[Ghost]
+) -> dict[int, list[str]]:
+    """``mask != 0 and n^2 < 1e60`` (AUTO-V: ``and n^2 > 1e-24``; ghosts: ``and sum |G|^2 + |[A; E]|^2 < 1e40``).
 
-    Returns the ``|G|^2`` [B] by their ghost's id.
+    Returns ``|G|^2`` and ``|[A; E]|^2`` [B] by their ghost's id.
     """
     present, sane = g.call(keep, "And", "sample_mask")
     (absent,) = g.call(present, "Not", "sample_mask", 1)
@@ -314,13 +317,14 @@ def match_keep(g: OnnxGraph, keep: str, norms: list[str], clipping: Clipping, gh
     g.scalar(zero, 0.0, "sample_mask")
     if mask != "sample_mask":
         g.refuse(f"sample_mask: {mask!r} decides which rows are there, expected sample_mask")
-    traces: dict[int, str] = {}
+    traces: dict[int, list[str]] = {}
     dense = [x for x in ghosts if x.g]
     if dense:
         sane, below = g.call(sane, "And", "range guard of the factors")
         trace, largest = g.call(below, "Less", "range guard of the factors")
-        g.scalar(largest, LARGEST_FACTOR, "range guard of the factors")
-        traces = {id(x): t for x, t in zip(dense, stacked(g, trace, len(dense), "factors"), strict=True)}
+        g.scalar(largest, LARGEST_FACTORS, "range guard of the factors")
+        each = stacked(g, trace, 2 * len(dense), "range guard of the factors")
+        traces = {id(x): each[2 * at : 2 * at + 2] for at, x in enumerate(dense)}
     above = ""
     if isinstance(clipping, AutoVClipping):
         sane, above = g.call(sane, "And", "range guard of the norm")
@@ -336,7 +340,7 @@ def match_keep(g: OnnxGraph, keep: str, norms: list[str], clipping: Clipping, gh
     return traces
 
 
-def match_layer(g: OnnxGraph, blocks: list[Block], squared: str, traces: dict[int, str]) -> None:
+def match_layer(g: OnnxGraph, blocks: list[Block], squared: str, traces: dict[int, list[str]]) -> None:
     """The squared norm [B] of one layer: the sum of its blocks', with ghosts at least a share of their bound."""
     ghosts = [b.ghost for b in blocks if b.ghost is not None]
     bounds: dict[int, str] = {}
@@ -348,7 +352,7 @@ def match_layer(g: OnnxGraph, blocks: list[Block], squared: str, traces: dict[in
         if block.ghost is None:
             match_square(g, term, block.values)
         else:
-            match_ghost_norm(g, term, bounds[id(block.ghost)], traces.get(id(block.ghost), ""), block.ghost)
+            match_ghost_norm(g, term, bounds[id(block.ghost)], traces.get(id(block.ghost), []), block.ghost)
 
 
 def match_square(g: OnnxGraph, squared: str, values: str) -> None:

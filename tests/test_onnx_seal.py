@@ -263,6 +263,12 @@ def one_number_for_all(name: str) -> Edit:
     return edit
 
 
+def halves_of_a_record(f: File) -> None:
+    """[B, 6] read as [2 B, 3]: for B = 1, each half would be clipped alone."""
+    view = f.node(out(f, *ROWS, 1)).input[-1]
+    f.feed(view, 1, f.constant([-1, 3], np.int64))
+
+
 GRADIENT: dict[str, tuple[Edit, str]] = {
     "the clipped sum is scaled": (scale_the_sum, "weighted sum: expected Reshape, found Mul"),
     "one bias bypasses the clipping": (bypass_one_bias, "weighted sum: expected Reshape, found Add"),
@@ -287,6 +293,7 @@ GRADIENT: dict[str, tuple[Edit, str]] = {
         lambda f: f.replace_constant(out(f, *NORM), 1, [0]),
         r"norm: found \[0\], expected \[1\]",
     ),
+    "a record may have two rows": (halves_of_a_record, r"gradient of parameter_3.bias: expected Concat"),
     "sample_mask is ignored": (drop_the_mask, "sample_mask: expected Not, found Less"),
     "sample_mask reaches the model": (mask_reaches_the_model, "'sample_mask' reaches a per-sample gradient"),
     "the norm has no upper bound": (
