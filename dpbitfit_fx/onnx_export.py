@@ -34,6 +34,8 @@ from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fing
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
 from dpbitfit_fx.onnx_lowering import Lowered
+from dpbitfit_fx.onnx_rows import pin_rows
+from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import DynamicLength, JointGraph, Role
 from dpbitfit_fx.passes.lengths import resized
@@ -434,6 +436,7 @@ def export_core(step: Any, layout: Layout) -> Core:
     what = "The private gradient step"
     model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, joint.length, padded)
     freeze(model, frozen)
+    pin_rows(model, [p.numel for p in layout.parameters], constant)
     return Core(model, layout)
 
 
@@ -635,7 +638,9 @@ def write_folder(
         work.mkdir()
         manifest = build(work)
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(work.iterdir())}
-        atomic_write_text(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        text = json.dumps(manifest, indent=1) + "\n"
+        atomic_write_text(work / "manifest.json", text)
+        check_artifacts(work, json.loads(text))
         check(work)
         if target.exists():
             old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")

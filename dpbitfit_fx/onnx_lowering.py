@@ -51,10 +51,18 @@ class _Interpreter(fx.Interpreter):
         super().__init__(owner.inner, garbage_collect_values=True)
         self.owner = owner
         self.node: fx.Node | None = None
+        # ONNX counts negative indices from the end, where PyTorch raises: -1 and the last row would be one row of the sum
+        # and two of the ghost norm.
+        self.rows_of = {
+            n.args[1]: n.args[2]
+            for n in owner.inner.graph.nodes
+            if n.target is aten.embedding_dense_backward.default and n.args[1].target is aten.reshape.default
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        return torch.remainder(result, self.rows_of[n]) if n in self.rows_of else result
 
     @property
     def current(self) -> str:
@@ -325,6 +333,25 @@ def _bmm(_: _Interpreter, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b.clamp(max=1e300) if b.dtype == torch.float64 else b)
 
 
+def _exactly(op: Any) -> Callable[..., Tensor]:
+    """A comparison in float64 with a number that the exporter would narrow to float32, where 1e60 is infinity."""
+
+    def lower(run: _Interpreter, x: Tensor, bound: float) -> Tensor:
+        if x.dtype is not torch.float64:
+            return op(x, bound)  # type: ignore[no-any-return]
+        return op(x, run.matrix(0, lambda: torch.tensor(bound, dtype=torch.float64)))  # type: ignore[no-any-return]
+
+    return lower
+
+
+def _diagonal(_: _Interpreter, x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    if (offset, dim1, dim2) != (0, 1, 2) or x.dim() != 3 or x.shape[1] != x.shape[2]:
+        return torch.diagonal(x, offset, dim1, dim2)
+    # Every (S + 1)-th of [B, S * S]. The exporter's own form multiplies by an identity matrix: twenty nodes, and inf * 0.
+    side = int(x.shape[1])
+    return x.reshape(-1, side * side)[:, :: side + 1]
+
+
 def _embedding_dense_backward(
     run: _Interpreter, grad_out: Tensor, index: Tensor, count: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
@@ -338,6 +365,9 @@ def _embedding_dense_backward(
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **OPERATORS,
     aten.bmm.default: _bmm,
+    aten.lt.Scalar: _exactly(torch.lt),
+    aten.gt.Scalar: _exactly(torch.gt),
+    aten.diagonal.default: _diagonal,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,

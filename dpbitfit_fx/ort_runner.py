@@ -4,7 +4,8 @@
 
 The runner draws the Poisson samples and the noise itself, from a key of the operating system's secure generator,
 keeps the accounts, and writes ``biases.safetensors`` (for ``load_biases`` on the PyTorch model) and ``privacy.json``.
-Needs numpy, onnxruntime (onnxruntime-training-cpu for ``export_ort_training``'s artifacts), safetensors, cryptography,
+Before anything runs, the graphs are matched against the private template (``onnx_seal``).
+Needs numpy, onnx, onnxruntime (onnxruntime-training-cpu for ``export_ort_training``'s artifacts), safetensors, cryptography,
 scipy and dp-accounting; never torch.
 """
 
@@ -26,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbitfit_fx.biases import save_biases
-from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
+from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError, SealBroken
 from dpbitfit_fx.files import atomic_write_text, ensure_output_folder, read_text, sha256_file
+from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.passes.clipping import KINDS
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
@@ -146,6 +148,16 @@ class OrtTrainingBackend:
         self.optimizer = api.Optimizer(str(self.folder / "optimizer_model.onnx"), self.module)
         self.module.train()
         self.names = list(self.module.input_names())
+        # ONNX Runtime takes every input that the checkpoint has a value for as a weight, and asks the user for the rest.
+        expected = {*(b["name"] for b in self.manifest["batch_inputs"]), "sample_mask", "noise"}
+        weights = {name for name, _ in self.state.parameters}
+        if not {"sample_mask", "noise"} <= set(self.names) <= expected or weights != {
+            p["onnx_name"] for p in self.parameters
+        }:
+            raise SealBroken(
+                f"{checkpoint.name}: it holds other values than the trainable parameters, so the noise or the mask might never "
+                "reach the training graph. Export again, or resume from another checkpoint."
+            )
 
     def begin(self) -> None:
         self.module.lazy_reset_grad()
@@ -245,12 +257,14 @@ class PlainBackend:
 def load_artifacts(
     folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None
 ) -> OrtTrainingBackend | PlainBackend:
-    """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's.
+    """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's, their seal matched first.
 
     Raises:
-        ArtifactError: the folder is not an export, was changed, or its runtime is not installed.
+        SealBroken: a graph is not the private step that the manifest declares, whatever its hashes say.
+        ArtifactError: the folder is not an export, was changed, or its runtime (or onnx, for the seal) is not installed.
     """
     manifest = read_manifest(folder) if manifest is None else manifest
+    check_artifacts(folder, manifest)
     if manifest["target"] == "ort_training":
         return OrtTrainingBackend(Path(folder), manifest)
     return PlainBackend(Path(folder), manifest)
