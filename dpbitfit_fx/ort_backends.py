@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbitfit_fx.errors import ArtifactError
+from dpbitfit_fx.files import describe_os_error
 from dpbitfit_fx.ort_artifacts import read_manifest, training_api
 
 __all__ = ["Array", "Backend", "OrtTrainingBackend", "PlainBackend", "load_artifacts"]
@@ -100,18 +102,26 @@ class OrtTrainingBackend:
             self.state.parameters[p["onnx_name"]] = piece.reshape(p["shape"])
 
     def optimizer_state(self) -> dict[str, Array]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "state.ckpt"
+        with _temporary_file() as path:
             training_api().CheckpointState.save_checkpoint(self.state, str(path), include_optimizer_state=True)
             return {"checkpoint": np.frombuffer(path.read_bytes(), np.uint8)}
 
     def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "state.ckpt"
+        with _temporary_file() as path:
             path.write_bytes(optimizer_state["checkpoint"].tobytes())
             self._open(path)
         if self.flat().tobytes() != np.asarray(flat, np.float32).tobytes():
             raise ArtifactError("ONNX Runtime did not give back the parameters that its checkpoint was made of.")
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """ONNX Runtime reads and writes its checkpoints by name only. They hold no secret: parameters and moments."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "state.ckpt"
+    except OSError as error:
+        raise ArtifactError(describe_os_error(error, tempfile.gettempdir())) from error
 
 
 class PlainBackend:

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from dpbitfit_fx.accounting import PriorRun, check_target_delta, check_target_epsilon, epsilon, format_epsilon
 from dpbitfit_fx.errors import DataError, PrivacyError
+from dpbitfit_fx.ort_artifacts import clipping_of
+from dpbitfit_fx.privacy_statement import new_run_id
 from dpbitfit_fx.sampling import PoissonSampler
 
 __all__ = ["SCHEDULES", "Plan", "Schedule", "plan_for"]
@@ -68,6 +70,52 @@ class Plan:
     def rate(self, step: int) -> float:
         """The learning rate of `step`."""
         return self.learning_rate * self.schedule.factor(step, self.sampler.steps)
+
+    def mechanism(
+        self, manifest: Mapping[str, Any], insecure: bool, tuning_covered: bool, declared: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What epsilon depends on, and what privacy.json says (see ``run_statement``)."""
+        clipping, gamma = clipping_of(manifest)
+        shared = {
+            "num_trainable": int(manifest["num_trainable"]),
+            "max_grad_norm": float(manifest["max_grad_norm"]),
+            "clipping": clipping,
+            "gamma": gamma,
+            "graph_hash": manifest["graph_hash"],
+        }
+        optimizer = manifest["optimizer"]["type"]
+        return {
+            "dataset_size": self.sampler.dataset_size,
+            "noise_multiplier": self.noise_multiplier,
+            "prior": [run.to_dict() for run in self.prior],
+            # With a target, steps that were lost are steps that are no longer there to take.
+            "shortened": self.target_epsilon is not None,
+            "phases": [
+                {
+                    "sampler": self.sampler.to_dict(),
+                    "record": {"trainable": [p["name"] for p in manifest["parameters"]], **shared},
+                }
+            ],
+            "statement": {
+                "run_id": new_run_id(),
+                "delta": self.target_delta,
+                **shared,
+                "num_parameters": int(manifest["num_parameters"]),
+                "dataset_size_assumed_public": self.dataset_size_assumed_public,
+                "tuning_covered": tuning_covered,
+                "insecure": insecure,
+                "backend": f"onnxruntime ({manifest['target']})",
+                "public_declarations": {
+                    "padded_lengths": "the artifacts' shapes",
+                    "physical_batch_size": self.physical_batch_size,
+                    "learning_rate": self.learning_rate,
+                    "lr_schedule": self.schedule.to_dict(),
+                    "optimizer": optimizer,
+                    "target_epsilon": self.target_epsilon,
+                    **declared,
+                },
+            },
+        }
 
 
 def plan_for(

@@ -114,6 +114,18 @@ class Records:
             value = padded
         return value.astype(dtype, copy=False)
 
+    def check(self) -> None:
+        """Every record once, before any budget is spent.
+
+        Raises:
+            DataError: one does not fit; the row is given by number.
+        """
+        for entry in self.inputs:
+            column = self._column(self.data, entry, None) if isinstance(self.data, Mapping) else None
+            alike = isinstance(column, np.ndarray) and column.dtype.kind != "O"
+            for row in range(1 if alike else self.size):
+                self.row(entry, row)
+
     def micro_batches(self, rows: Array, size: int) -> Iterator[tuple[dict[str, Array], Array]]:
         """Batches of exactly ``size`` rows, dummies (zeros) masked; at least one, also for an empty draw."""
         for start in range(0, max(1, len(rows)), size):

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, key_id, sum_digest
-from dpbitfit_fx.errors import ArtifactError, CheckpointError, PrivacyError
-from dpbitfit_fx.ort_artifacts import clipping_of
-from dpbitfit_fx.ort_backends import Backend
+from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
+from dpbitfit_fx.ort_backends import Array, Backend
 from dpbitfit_fx.ort_plan import Plan
 from dpbitfit_fx.ort_records import Records
-from dpbitfit_fx.privacy_statement import new_run_id
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.run_statement import comparable, ledger_of, make_statement
 
@@ -44,7 +42,7 @@ class OrtRun:
         self.manifest, self.backend, self.records, self.plan = manifest, backend, records, plan
         self.key, self.store = key, store
         self.size = int(manifest["num_trainable"])
-        self.mechanism = _mechanism(manifest, plan, key, tuning_covered, declared)
+        self.mechanism = plan.mechanism(manifest, key.insecure, tuning_covered, declared)
         self.fingerprint = _fingerprint(manifest, plan, key, records)
         self.ledger = ledger_of(self.mechanism)
         self.step = 0
@@ -71,15 +69,8 @@ class OrtRun:
             raise PrivacyError("The plan has 0 steps left. The budget was computed for the plan: make a new one.")
         rows = self.plan.sampler.draw(self.key, self.step)
         noise = stream(self.key, "noise", self.step).normal(self.size).astype(np.float32)
-        nothing = np.zeros_like(noise)
-        self.backend.begin()
-        batches = self.records.micro_batches(rows, self.plan.physical_batch_size)
-        batch, mask = next(batches)
-        for following in batches:
-            self.backend.accumulate(batch, mask, nothing)
-            batch, mask = following
-        # Nothing is released yet, noise or no noise: the sum is in memory, and only `update` reads it.
-        self.backend.accumulate(batch, mask, noise if self.backend.noise_with_last_batch else nothing)
+        # Nothing is released by this, noise or no noise: the sum is in memory, and only `update` reads it.
+        self._accumulate(rows, noise)
         digest = sum_digest(self.key, self.step, self.backend.gradient_buffers())
         if self.pending.get(self.step, digest) != digest:
             self.charge(max(self.pending) + 1 - self.step)
@@ -91,6 +82,29 @@ class OrtRun:
         self.pending.pop(self.step, None)
         self.step += 1
         self._torn = False
+
+    def _accumulate(self, rows: Array, noise: Array) -> None:
+        """The clipped sum over `rows`, into the backend; with the noise, where that comes with the last micro-batch."""
+        nothing = np.zeros_like(noise)
+        batches = self.records.micro_batches(rows, self.plan.physical_batch_size)
+        try:
+            self.backend.begin()
+            batch, mask = next(batches)
+            for following in batches:
+                self.backend.accumulate(batch, mask, nothing)
+                batch, mask = following
+            self.backend.accumulate(batch, mask, noise if self.backend.noise_with_last_batch else nothing)
+            return
+        except DataError:
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+        # Outside the handler: ONNX Runtime quotes the value that it stumbled over, which is somebody's.
+        raise DataError(
+            f"ONNX Runtime could not compute step {self.step} ({kind}); nothing of it was released. The usual cause is a "
+            "record with an index that the model does not have: a token id of another tokenizer, or a label beyond its "
+            "classes."
+        )
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -187,53 +201,6 @@ class OrtRun:
             self.save()  # a longer plan: what is on disk never plans fewer steps than the run may take
 
 
-def _mechanism(
-    manifest: Mapping[str, Any], plan: Plan, key: SecretKey, tuning_covered: bool, declared: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What epsilon depends on, and what privacy.json says (see ``run_statement``)."""
-    clipping, gamma = clipping_of(manifest)
-    shared = {
-        "num_trainable": int(manifest["num_trainable"]),
-        "max_grad_norm": float(manifest["max_grad_norm"]),
-        "clipping": clipping,
-        "gamma": gamma,
-        "graph_hash": manifest["graph_hash"],
-    }
-    optimizer = manifest["optimizer"]["type"]
-    return {
-        "dataset_size": plan.sampler.dataset_size,
-        "noise_multiplier": plan.noise_multiplier,
-        "prior": [run.to_dict() for run in plan.prior],
-        # With a target, steps that were lost are steps that are no longer there to take.
-        "shortened": plan.target_epsilon is not None,
-        "phases": [
-            {
-                "sampler": plan.sampler.to_dict(),
-                "record": {"trainable": [p["name"] for p in manifest["parameters"]], **shared},
-            }
-        ],
-        "statement": {
-            "run_id": new_run_id(),
-            "delta": plan.target_delta,
-            **shared,
-            "num_parameters": int(manifest["num_parameters"]),
-            "dataset_size_assumed_public": plan.dataset_size_assumed_public,
-            "tuning_covered": tuning_covered,
-            "insecure": key.insecure,
-            "backend": f"onnxruntime ({manifest['target']})",
-            "public_declarations": {
-                "padded_lengths": "the artifacts' shapes",
-                "physical_batch_size": plan.physical_batch_size,
-                "learning_rate": plan.learning_rate,
-                "lr_schedule": plan.schedule.to_dict(),
-                "optimizer": optimizer,
-                "target_epsilon": plan.target_epsilon,
-                **declared,
-            },
-        },
-    }
-
-
 def _fingerprint(manifest: Mapping[str, Any], plan: Plan, key: SecretKey, records: Records) -> dict[str, Any]:
     """What a bit-for-bit replay depends on; the data are known by the digests in the journal."""
     import onnxruntime
@@ -245,7 +212,7 @@ def _fingerprint(manifest: Mapping[str, Any], plan: Plan, key: SecretKey, record
         "onnxruntime": onnxruntime.__version__,
         "files": dict(manifest["files"]),
         "learning_rate": plan.learning_rate,
-        "schedule": plan.schedule.to_dict(),
+        "schedule": plan.schedule.to_dict() | ({"over": plan.sampler.steps} if plan.schedule.kind == "linear" else {}),
         "physical_batch_size": plan.physical_batch_size,
         "pad_values": records.pad_values,
         "insecure": key.insecure,

@@ -98,6 +98,7 @@ class OrtTrainer:
         self.folder = Path(artifacts)
         self.manifest = read_manifest(self.folder)
         self.records = Records(self.manifest, data, pad_values)
+        self.records.check()
         self.checkpoint_every = checkpoint_every
         self.output_dir = None if output_dir is None else ensure_output_folder(output_dir)
         self.store: CheckpointStore | None = None

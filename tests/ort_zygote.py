@@ -12,6 +12,7 @@ import importlib.abc
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 MODULES = ("ort_backends", "ort_evaluate", "ort_run", "ort_runner", "ort_text", "data", "cli")
@@ -51,6 +52,8 @@ def main() -> None:
                 app(json.loads(line))
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         sys.stdout.write(f"{child}\n")

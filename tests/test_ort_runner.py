@@ -424,6 +424,29 @@ def test_an_unusable_plan_is_refused_before_anything_is_left_in_the_folder(
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize(("bad", "words"), [(np.zeros(9), r"shape \(9,\)"), (["a"] * 5, "type"), (None, "type")])
+def test_a_record_that_does_not_fit_is_refused_by_its_row_before_anything_is_spent(
+    bad: Any, words: str, plain: Callable[..., OrtTrainer], exports: Exports, tmp_path: Path
+) -> None:
+    rows = [{"x": exports[1]["x"][row], "y": exports[1]["y"][row]} for row in range(RECORDS)]
+    rows[17] = {"x": bad, "y": 0}
+    with pytest.raises(DataError, match="Row 17.*" + words):
+        plain(tmp_path / "out", data=rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_onnx_runtime_says_of_a_record_is_not_repeated(
+    plain: Callable[..., OrtTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(self: PlainBackend, batch: Any, mask: Any, noise: Any) -> None:
+        raise RuntimeError("indices element out of data bounds, idx=4711 must be within the inclusive range [-3,2]")
+
+    monkeypatch.setattr(PlainBackend, "accumulate", stumble)
+    with pytest.raises(DataError, match=r"step 0.*nothing of it was released") as caught:
+        plain(None).train()
+    assert "4711" not in str(caught.value) and caught.value.__cause__ is caught.value.__context__ is None
+
+
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(PrivacyError, match="constant, linear"):
         Schedule("cosine")
@@ -451,7 +474,9 @@ def test_bad_arguments_and_bad_files_give_one_paragraph(exports: Exports, tmp_pa
     one_paragraph(invoke(folder, "--data", tmp_path / "none.npz", "--output", out, *plan), "does not exist")
     one_paragraph(invoke(folder, "--data", data, "--output", out), "target_delta")
     one_paragraph(invoke(folder, "--data", data, "--output", out, *plan, "--lr-schedule", "cosine"), "constant, linear")
-    one_paragraph(invoke(folder, "--data", data, "--output", out, *plan, "--target-epsilon", 2), "At most", "target of 2")
+    one_paragraph(
+        invoke(folder, "--data", data, "--output", out, *plan, "--target-epsilon", 2), "At most", "target of 2"
+    )
     one_paragraph(invoke(folder, "--data", data, "--output", out, *plan, "--eval-file", data), "no evaluation model")
     (tmp_path / "text.csv").write_text("text,label\na,b\nc,d\n")
     one_paragraph(invoke(folder, "--data", tmp_path / "text.csv", "--output", out, *plan), "x, y", ".npz")
