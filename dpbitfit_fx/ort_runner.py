@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpbitfit_fx.accounting import EpsilonTracker, Prior
+from dpbitfit_fx.accounting import EpsilonTracker, Prior, resolve_prior
 from dpbitfit_fx.biases import save_biases
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
@@ -28,7 +28,7 @@ from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBa
 from dpbitfit_fx.ort_plan import Plan, Schedule, plan_for
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.ort_run import OrtRun
-from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, earlier_runs, settle, write_statement
+from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
 
@@ -105,21 +105,24 @@ class OrtTrainer:
         if self.output_dir is not None:
             self.store = CheckpointStore(self.output_dir / CHECKPOINT, numpy=True).open()
         try:
+            found: dict[str, PrivacyStatement] = {}
             if self.output_dir is not None and self.store is not None:
                 settle(self.output_dir, self.store, resume=resume, overwrite=overwrite)
-            self.plan = plan_for(
-                self.manifest,
-                len(self.records),
-                steps=steps,
-                epochs=epochs,
-                dataset_size=dataset_size,
-                target_delta=target_delta,
-                target_epsilon=target_epsilon,
-                learning_rate=learning_rate,
-                schedule=schedule,
-                physical_batch_size=physical_batch_size,
-                prior=earlier_runs(self.output_dir, self.store, prior),
-            )
+                found = statements_in(self.output_dir, self.store)
+            with naming_statements(self.output_dir, found):
+                self.plan = plan_for(
+                    self.manifest,
+                    len(self.records),
+                    steps=steps,
+                    epochs=epochs,
+                    dataset_size=dataset_size,
+                    target_delta=target_delta,
+                    target_epsilon=target_epsilon,
+                    learning_rate=learning_rate,
+                    schedule=schedule,
+                    physical_batch_size=physical_batch_size,
+                    prior=resolve_prior([*resolve_prior(prior), *found.values()]),
+                )
             seed = insecure_seed_for_tests
             self.run = OrtRun(
                 self.manifest,
@@ -239,8 +242,8 @@ class OrtTrainer:
         statement = self.statement()
         self.run.save()
         about = {"graph_hash": statement.graph_hash, "run_id": statement.run_id}
-        save_biases(folder / BIASES, self.biases(), {**about, **self.manifest.get("fingerprints", {})})
         write_statement(folder, statement)
+        save_biases(folder / BIASES, self.biases(), {**about, **self.manifest.get("fingerprints", {})})
         if self.store is not None:
             self.store.erase()
         self.run.key.erase()

@@ -1,8 +1,8 @@
 """The folder that a private run leaves its results in: what other runs left there, and what a killed one did. Torch-free.
 
-    biases.safetensors, privacy.json, summary.md      of the run that finished
-    privacy-earlier-*.json, privacy-abandoned-*.json  of runs that it replaced, of runs that were given up
-    checkpoint/                                       PRIVATE, while a run is unfinished
+biases.safetensors, privacy.json, summary.md      of the run that finished
+privacy-earlier-*.json, privacy-abandoned-*.json  of runs that it replaced, of runs that were given up
+checkpoint/                                       PRIVATE, while a run is unfinished
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.run_statement import abandon, abandoned_name, statement_of_unfinished
 
-__all__ = ["BIASES", "CHECKPOINT", "STATEMENT", "SUMMARY", "naming_statements", "settle", "statements_in", "write_statement"]
+__all__ = [
+    "BIASES",
+    "CHECKPOINT",
+    "STATEMENT",
+    "SUMMARY",
+    "naming_statements",
+    "settle",
+    "statements_in",
+    "write_statement",
+]
 
 BIASES: Final = "biases.safetensors"
 STATEMENT: Final = "privacy.json"
