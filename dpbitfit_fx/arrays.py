@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_array", "is_tensor", "own_copy", "pack", "raw_bytes", "unpack"]
+__all__ = ["is_numpy", "is_tensor", "own_copy", "pack", "raw_bytes", "unpack"]
 
 
 def is_tensor(value: Any) -> bool:
@@ -16,8 +16,8 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or is_tensor(value)
+def is_numpy(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
 
 
 def own_copy(value: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import safetensors
 
-from dpbitfit_fx.arrays import is_array, own_copy, pack, raw_bytes, unpack
+from dpbitfit_fx.arrays import is_numpy, is_tensor, own_copy, pack, raw_bytes, unpack
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, PrivacyError
 from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, describe_os_error, ensure_output_folder
 from dpbitfit_fx.randomness import SecretKey, stream
@@ -44,10 +44,11 @@ _PRIVATE = 0o600
 # -- nested state without pickle --------------------------------------------------------------------------------------
 
 
-def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+def encode(value: Any, tensors: dict[str, Any], name: str, numpy: bool = False) -> Any:
     """`value` as JSON, its tensors put into `tensors` under names that begin with `name`.
 
-    Dictionaries (any simple keys), lists, tuples, tensors, numbers, strings, booleans and None survive exactly.
+    Dictionaries (any simple keys), lists, tuples, tensors (numpy: arrays in their place), numbers, strings, booleans and
+    None survive exactly.
 
     Raises:
         CheckpointError: anything else is in there.
@@ -56,16 +57,17 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         return value
     if isinstance(value, float):
         return {"float": value.hex()}
-    if is_array(value):
+    if is_numpy(value) if numpy else is_tensor(value):
         # A copy: safetensors refuses views that share memory, and the optimizer writes in place.
         tensors[name] = own_copy(value)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        items = [[encode(key, tensors, name), encode(child, tensors, f"{name}.{key}")] for key, child in value.items()]
+        pairs = value.items()
+        items = [[encode(k, tensors, name), encode(child, tensors, f"{name}.{k}", numpy)] for k, child in pairs]
         return {"dict": items}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [encode(child, tensors, f"{name}.{index}") for index, child in enumerate(value)]}
+        return {kind: [encode(child, tensors, f"{name}.{index}", numpy) for index, child in enumerate(value)]}
     raise CheckpointError(
         f"The optimizer's state holds a {type(value).__name__} ('{name}'), which a checkpoint cannot store without "
         f"pickle. Use an optimizer whose state_dict holds tensors, numbers, strings, lists and dictionaries, or run "
@@ -217,8 +219,8 @@ class CheckpointStore:
         moment the committed checkpoint has its key.
         """
         name = key_id(key)
-        tensors: dict[str, torch.Tensor] = {}
-        optimizer = encode(state.optimizer, tensors, "optimizer")
+        tensors: dict[str, Any] = {}
+        optimizer = encode(state.optimizer, tensors, "optimizer", self._numpy)
         for parameter, value in state.trainables.items():
             tensors[f"trainable.{parameter}"] = own_copy(value)
         for parameter, value in state.average.items():
