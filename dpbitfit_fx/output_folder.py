@@ -48,8 +48,6 @@ def settle(folder: Path, store: CheckpointStore, *, resume: bool, overwrite: boo
         ArtifactError: a finished run is there, and is not to be replaced. Nothing was changed.
     """
     _remove_temporaries(folder, store)
-    if not store.exists:
-        store.tidy()  # killed while tidying up, or before the first checkpoint
     if store.exists:
         run_id = store.run_id
         if (folder / abandoned_name(run_id)).exists() or (
@@ -123,8 +121,10 @@ def write_statement(folder: Path, statement: PrivacyStatement) -> None:
 
 
 def _remove_temporaries(folder: Path, store: CheckpointStore) -> None:
-    """Half-written files of a killed process, which the lock keeps anybody else from writing; one may hold a key."""
-    for path in store.folder.glob(".*.tmp"):
+    """What a killed process left half-written, or had not tidied up yet; the lock keeps everybody else from writing there.
+    One may hold a key."""
+    orphans = [] if store.exists else store.folder.glob("state-*.safetensors")
+    for path in [*store.folder.glob(".*.tmp"), *orphans]:
         SecretKey.erase_file(path)
     for name in (BIASES, STATEMENT, SUMMARY, "privacy-*.json"):
         for path in folder.glob(f".{name}.*.tmp"):

@@ -154,10 +154,8 @@ def test_another_state_of_the_same_step_never_overwrites_the_committed_one(tmp_p
 
 
 def test_a_store_of_numpy_arrays_gives_back_every_bit_and_takes_nothing_of_torchs(tmp_path: Path) -> None:
-    theta, moments = (
-        np.float32([0.1, -0.0, np.nan]),
-        {"m": np.arange(3.0), "t": np.array([7]), "file": np.uint8([1, 2])},
-    )
+    theta = np.array([0.1, -0.0, np.nan], np.float32)
+    moments = {"m": np.arange(3.0), "t": np.array([7]), "file": np.array([1, 2], np.uint8)}
     key, store = SecretKey(), CheckpointStore(tmp_path / "c", numpy=True).open()
     store.save(SavedState(3, [0], {"m": 1}, {}, {"theta": theta}, moments), key)
     state = store.load()[0]
