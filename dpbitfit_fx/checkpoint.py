@@ -10,7 +10,7 @@ A checkpoint folder is private: it holds the secret key. What is in it, each fil
   keyed digest of the clipped sum. A resumed run that recomputes the same clipped sum bit for bit releases the very same
   noisy value again, which costs nothing. Any other case is charged as a lost step and redrawn under a new key.
 
-No pickle: tensors go to safetensors, everything else to JSON.
+No pickle: tensors go to safetensors, everything else to JSON. `fit` and the runner without torch share this file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-import torch
 
+from dpbitfit_fx.arrays import is_numpy, is_tensor, own_copy, pack, raw_bytes, unpack
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, PrivacyError
 from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, describe_os_error, ensure_output_folder
 from dpbitfit_fx.randomness import SecretKey, stream
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CheckpointStore", "JournalEntry", "SavedState", "decode", "encode", "key_id", "sum_digest"]
 
@@ -42,10 +44,11 @@ _PRIVATE = 0o600
 # -- nested state without pickle --------------------------------------------------------------------------------------
 
 
-def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+def encode(value: Any, tensors: dict[str, Any], name: str, numpy: bool = False) -> Any:
     """`value` as JSON, its tensors put into `tensors` under names that begin with `name`.
 
-    Dictionaries (any simple keys), lists, tuples, tensors, numbers, strings, booleans and None survive exactly.
+    Dictionaries (any simple keys), lists, tuples, tensors (numpy: arrays in their place), numbers, strings, booleans and
+    None survive exactly.
 
     Raises:
         CheckpointError: anything else is in there.
@@ -54,16 +57,17 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         return value
     if isinstance(value, float):
         return {"float": value.hex()}
-    if isinstance(value, torch.Tensor):
+    if is_numpy(value) if numpy else is_tensor(value):
         # A copy: safetensors refuses views that share memory, and the optimizer writes in place.
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        tensors[name] = own_copy(value)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        items = [[encode(key, tensors, name), encode(child, tensors, f"{name}.{key}")] for key, child in value.items()]
+        pairs = value.items()
+        items = [[encode(k, tensors, name), encode(child, tensors, f"{name}.{k}", numpy)] for k, child in pairs]
         return {"dict": items}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [encode(child, tensors, f"{name}.{index}") for index, child in enumerate(value)]}
+        return {kind: [encode(child, tensors, f"{name}.{index}", numpy) for index, child in enumerate(value)]}
     raise CheckpointError(
         f"The optimizer's state holds a {type(value).__name__} ('{name}'), which a checkpoint cannot store without "
         f"pickle. Use an optimizer whose state_dict holds tensors, numbers, strings, lists and dictionaries, or run "
@@ -94,10 +98,9 @@ def key_id(key: SecretKey) -> str:
     return stream(key, "key id", 0).bytes(8).hex()
 
 
-def sum_digest(key: SecretKey, step: int, accumulator: torch.Tensor) -> str:
+def sum_digest(key: SecretKey, step: int, accumulator: Any) -> str:
     """A keyed digest of the clipped sum of `step`: equal only where the sums are, unreadable without the key."""
-    content = accumulator.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hmac.new(stream(key, "journal", step).bytes(32), content, hashlib.sha256).hexdigest()
+    return hmac.new(stream(key, "journal", step).bytes(32), raw_bytes(accumulator), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class SavedState:
     charged_steps: list[int]
     mechanism: dict[str, Any]
     fingerprint: dict[str, Any]
-    trainables: dict[str, torch.Tensor]
+    trainables: dict[str, Any]
     optimizer: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -136,11 +139,11 @@ class CheckpointStore:
     """The checkpoint folder of one run, locked against a second process while open.
 
     Every write is atomic: killed at any moment, the folder holds the state before or after it. Errors while writing are
-    CheckpointError, and the last good checkpoint is still there.
+    CheckpointError, and the last good checkpoint is still there. numpy: states hold its arrays, else torch's tensors.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], *, numpy: bool = False) -> None:
+        self.folder, self._numpy = Path(folder), numpy
         self._journal: IO[bytes] | None = None
         self._lock: IO[bytes] | None = None
 
@@ -216,13 +219,13 @@ class CheckpointStore:
         moment the committed checkpoint has its key.
         """
         name = key_id(key)
-        tensors: dict[str, torch.Tensor] = {}
-        optimizer = encode(state.optimizer, tensors, "optimizer")
+        tensors: dict[str, Any] = {}
+        optimizer = encode(state.optimizer, tensors, "optimizer", self._numpy)
         for parameter, value in state.trainables.items():
-            tensors[f"trainable.{parameter}"] = value.detach().cpu().clone().contiguous()
+            tensors[f"trainable.{parameter}"] = own_copy(value)
         for parameter, value in state.average.items():
-            tensors[f"average.{parameter}"] = value.detach().cpu().clone().contiguous()
-        payload = safetensors.torch.save(tensors)
+            tensors[f"average.{parameter}"] = own_copy(value)
+        payload = pack(tensors)
         digest = hashlib.sha256(payload).hexdigest()
         file = f"state-{state.step}-{digest[:32]}.safetensors"
         content = {
@@ -309,7 +312,7 @@ class CheckpointStore:
             payload = (self.folder / content["state_file"]).read_bytes()
             if hashlib.sha256(payload).hexdigest() != content["state_sha256"]:
                 raise damaged
-            tensors = safetensors.torch.load(payload)
+            tensors = unpack(payload, tensors=not self._numpy)
             key = SecretKey.load(self._key_path(content["key"]))
             state = SavedState(
                 step=content["step"],

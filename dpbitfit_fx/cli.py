@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpbitfit_fx.console import busy as _busy
+from dpbitfit_fx.console import console as _console
+from dpbitfit_fx.console import names as _names
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError, PrivacyError
+from dpbitfit_fx.ort_cli import ort_train
 
 if TYPE_CHECKING:
     from dpbitfit_fx.data import TokenizedText
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 RUN_FILE = "run.json"
-
-
-def _console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, soft_wrap=True, highlight=False)
 
 
 class _Group(typer.core.TyperGroup):
@@ -57,21 +54,6 @@ app = typer.Typer(
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     del debug  # read from the context where errors are shown
-
-
-@contextmanager
-def _busy(what: str) -> Iterator[None]:
-    with _console(stderr=True).status(what):
-        yield
-
-
-def _names(text: str | None, option: str) -> list[str] | None:
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
-        raise DataError(f"{option} must be names separated by commas, none of them blank.")
-    return names
 
 
 def _clipping(kind: str, max_grad_norm: float) -> Any:
@@ -253,8 +235,9 @@ def export(
     with _busy("loading the model"):
         from dpbitfit_fx.biases import load_biases
         from dpbitfit_fx.compile import compile as compile_step
-        from dpbitfit_fx.huggingface import load_classifier, logits_of, made_up_batch, text_loss
+        from dpbitfit_fx.huggingface import load_classifier, load_tokenizer, logits_of, made_up_batch, text_loss
 
+        tokenizer = load_tokenizer(model)
         network = load_classifier(model, len(labels))
         load_biases(network, run / "biases.safetensors")
     with _busy("compiling and proving the private step"):
@@ -286,10 +269,16 @@ def export(
             from dpbitfit_fx.onnx_export import export_onnx
 
             folder = export_onnx(step, output, **plan)
+        from dpbitfit_fx.ort_text import attach_text
+
+        attach_text(folder, tokenizer.backend_tokenizer.to_str(), labels, tokenizer.pad_token_id or 0)
     _console().print(
         f"{escape(str(folder))}: agrees with PyTorch. Training from it on the same records spends more budget; compose "
-        f"it with {escape(str(run / 'privacy.json'))}."
+        f"it with `dpbitfit ort-train --prior {escape(str(run / 'privacy.json'))}`."
     )
+
+
+app.command("ort-train")(ort_train)
 
 
 def _vocabulary(network: Any) -> int:

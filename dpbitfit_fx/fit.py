@@ -8,7 +8,6 @@ derives from the very sampler object that drew the batches, under the caveats th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import warnings
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dpbitfit_fx.accounting import (
@@ -42,9 +40,10 @@ from dpbitfit_fx.biases import (
 )
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.engine import Engine, build_engine, graph_hash_of
-from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError, PrivacyWarning
-from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, ensure_output_folder, read_bytes
+from dpbitfit_fx.errors import DataError, PrivacyError, PrivacyWarning
+from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
+from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
@@ -53,12 +52,10 @@ from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
 from dpbitfit_fx.sampling import PoissonSampler
-from dpbitfit_fx.training_run import Stage, TrainingRun, abandon, abandoned_name, frozen_digest, statement_of_unfinished
+from dpbitfit_fx.training_run import Stage, TrainingRun, frozen_digest
 
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
-BIASES, STATEMENT, SUMMARY, CHECKPOINT = "biases.safetensors", "privacy.json", "summary.md", "checkpoint"
-_STATEMENTS = "privacy*.json"  # of the run that is finished, of those it replaced, of those given up
 _CHECKPOINT_EVERY = 50
 
 
@@ -209,18 +206,15 @@ def fit(
         store.open()
     try:
         if folder is not None and store is not None:
-            _check_folder(folder, store, resume=resume, overwrite=overwrite)
-            if store.exists and not resume:
-                abandon(store, folder)
-                store.open()
+            settle(folder, store, resume=resume, overwrite=overwrite)
             earlier = (prior,) if isinstance(prior, (str, os.PathLike)) or not isinstance(prior, Sequence) else prior
-            found = _statements_in(folder, store)
+            found = statements_in(folder, store)
             prior = [*earlier, *found.values()]
         runs = resolve_prior(prior)
         sigma = noise_multiplier
         if sigma is None:
             assert target_epsilon is not None
-            with _naming_statements(folder, found):
+            with naming_statements(folder, found):
                 sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
         # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
         epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
@@ -436,65 +430,6 @@ def _model_as_found(model: nn.Module) -> Iterator[None]:
                 parameter.grad = None
 
 
-def _check_folder(folder: Path, store: CheckpointStore, *, resume: bool, overwrite: bool) -> None:
-    if store.exists:
-        run_id = store.run_id
-        if (folder / abandoned_name(run_id)).exists() or (
-            not store.has_key and _covers(folder, statement_of_unfinished(store))
-        ):
-            # Killed while tidying up: what the run spent is written down. Any other run without a key stays unfinished.
-            store.erase()
-            store.open()
-    if store.exists:
-        if not resume and not overwrite:
-            raise CheckpointError(
-                f"{str(folder)!r} holds an unfinished run, and resume=False was asked for. Nothing was changed. Leave "
-                f"resume=True to continue it, choose another output_dir, or pass overwrite=True to give it up: what "
-                f"it has spent is then kept in the folder and counted in this run."
-            )
-        return
-    finished = [name for name in (BIASES, STATEMENT) if (folder / name).exists()]
-    if finished and not overwrite:
-        raise ArtifactError(
-            f"{str(folder)!r} already holds the result of a finished run ({', '.join(finished)}). Nothing was "
-            f"changed. Choose another output_dir (if the records are the same, pass this folder's privacy.json as "
-            f"prior=), or pass overwrite=True: the finished run is then counted in the new epsilon."
-        )
-
-
-def _covers(folder: Path, spent: PrivacyStatement) -> bool:
-    """Whether the statement and the biases in the folder are this run's, and no older one's or an earlier end of it."""
-    try:
-        with safe_open(folder / BIASES, "pt") as file:
-            trained: str = file.metadata()["run_id"]
-        stated = PrivacyStatement.load(folder / STATEMENT)
-        return trained == spent.run_id == stated.run_id and spent.charged_steps <= stated.charged_steps
-    except (OSError, KeyError, TypeError, SafetensorError, ArtifactError, PrivacyError):
-        return False
-
-
-def _statements_in(folder: Path, store: CheckpointStore) -> dict[str, PrivacyStatement]:
-    """What other runs have stated in the folder, by file name; that of the run to be continued is its own."""
-    own = store.run_id if store.exists else None
-    found = {path.name: PrivacyStatement.load(path) for path in sorted(folder.glob(_STATEMENTS))}
-    # A run that went on after its result was written has stated itself twice: the later statement holds both.
-    most = {s.run_id: s.charged_steps for s in sorted(found.values(), key=lambda s: s.charged_steps)}
-    return {name: s for name, s in found.items() if s.run_id != own and s.charged_steps == most[s.run_id]}
-
-
-@contextlib.contextmanager
-def _naming_statements(folder: Path | None, found: Mapping[str, PrivacyStatement]) -> Iterator[None]:
-    try:
-        yield
-    except PrivacyError as error:
-        if not found:
-            raise
-        raise PrivacyError(
-            f"{error} Counted as earlier runs on these records: {', '.join(found)} in {str(folder)!r}. If the records "
-            f"are others, choose another output_dir."
-        ) from error
-
-
 def _train(
     run: TrainingRun,
     model: nn.Module,
@@ -568,12 +503,7 @@ def _evaluate(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> dict[str
 
 def _write_results(folder: Path, run: TrainingRun, model: nn.Module, statement: PrivacyStatement) -> None:
     """All three files; the checkpoint is still there, so that a full disk here loses nothing."""
-    old = folder / STATEMENT
-    if old.exists() and PrivacyStatement.load(old).run_id != statement.run_id:
-        kept = read_bytes(old)
-        atomic_write_bytes(folder / f"privacy-earlier-{hashlib.sha256(kept).hexdigest()[:12]}.json", kept)
-    statement.save(old)
-    atomic_write_text(folder / SUMMARY, statement.summary())
+    write_statement(folder, statement)
     # Of an earlier run too, so each phase may know of others.
     added = list({bias.name: bias for stage in run.stages for bias in stage.engine.update.added_biases}.values())
     metadata = {

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
+from dpbitfit_fx.arrays import raw_bytes
 from dpbitfit_fx.averaging import TailAverage
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, encode, key_id, sum_digest
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
-from dpbitfit_fx.phases import PhaseRecord, StepLedger
 from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.run_statement import comparable, ledger_of, make_statement
 from dpbitfit_fx.sampling import PoissonSampler
 
-__all__ = [
-    "Stage",
-    "TrainingRun",
-    "abandon",
-    "abandoned_name",
-    "frozen_digest",
-    "make_statement",
-    "statement_of_unfinished",
-]
+__all__ = ["Stage", "TrainingRun", "frozen_digest"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class TrainingRun:
         phases = [{"sampler": stage.sampler.to_dict(), "record": stage.record} for stage in stages]
         self.mechanism = mechanism | {"phases": phases}
         self.fingerprint = fingerprint | {"phases": [stage.fingerprint for stage in stages]}
-        self.ledger = _ledger(self.mechanism)
+        self.ledger = ledger_of(self.mechanism)
         self.step = 0
         self.begun = 0  # steps whose noise was added: one more than `step` where one is under way
         self.history: list[dict[str, Any]] = []
@@ -182,7 +174,7 @@ class TrainingRun:
 
     def statement_so_far(self) -> PrivacyStatement:
         """Of a run that stops here: a step under way, which may be in the parameters already, counts as lost."""
-        ledger = _ledger(self.mechanism, self.ledger.charged)
+        ledger = ledger_of(self.mechanism, self.ledger.charged)
         taken = ledger.taken(self.step)
         ledger.charge(self.step, max(0, self.begun - self.step, *(number + 1 - self.step for number in self.pending)))
         return make_statement(self.mechanism, ledger, self.step, taken)
@@ -213,14 +205,14 @@ class TrainingRun:
 
         Raises CheckpointError, and changes nothing, where it cannot be continued at all.
         """
-        if _comparable(state.mechanism) != _comparable(self.mechanism):
+        if comparable(state.mechanism) != comparable(self.mechanism):
             raise CheckpointError(
                 "The output folder holds an unfinished run under another privacy plan (noise, sample rate, phases, "
                 "number of records or earlier runs), which this call cannot continue. Nothing was changed. Repeat that "
                 "run's arguments to continue it, or pass resume=False, overwrite=True to give it up: what it has spent "
                 "is then kept in the folder and counted in this run."
             )
-        limit = _ledger(self.mechanism, state.charged_steps).total
+        limit = ledger_of(self.mechanism, state.charged_steps).total
         begun = max([state.step, *(entry.step + 1 for entry in pending)])
         if begun > limit:
             raise CheckpointError(
@@ -283,28 +275,7 @@ class TrainingRun:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and _tensor_bytes(one) == _tensor_bytes(other)
-
-
-def _comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
-    """What ε of each step depends on; the number of steps does not matter to the steps already taken, but it does to
-    which phase a step belongs to."""
-    plans = [phase["sampler"] for phase in mechanism["phases"]]
-    return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier")} | {
-        "prior": sorted(mechanism["prior"], key=lambda run: str(run["run_id"])),
-        "rates": [plan["sample_rate"] for plan in plans],
-        "steps": [plan["steps"] for plan in plans[:-1]],
-        "shortened": mechanism["shortened"],
-    }
-
-
-def _ledger(mechanism: Mapping[str, Any], charged: Sequence[int] | None = None) -> StepLedger:
-    planned = [phase["sampler"]["steps"] for phase in mechanism["phases"]]
-    return StepLedger(planned, charged, shortened=mechanism["shortened"])
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return one.dtype == other.dtype and one.shape == other.shape and raw_bytes(one) == raw_bytes(other)
 
 
 def frozen_digest(model: nn.Module, trainables: set[str]) -> str:
@@ -312,57 +283,5 @@ def frozen_digest(model: nn.Module, trainables: set[str]) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in trainables and tensor.numel():
             digest.update(name.encode())
-            digest.update(_tensor_bytes(tensor))
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
-    """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
-    step, charged, mechanism, since = store.spent()
-    ledger = _ledger(mechanism, charged)
-    taken = ledger.taken(step)
-    # Without its journal nobody knows how far the run went: then as far as it could.
-    ledger.charge(step, ledger.total - step if since is None else since)
-    return make_statement(mechanism, ledger, step, taken)
-
-
-def make_statement(
-    mechanism: Mapping[str, Any], ledger: StepLedger, step: int, taken: Sequence[int] | None = None
-) -> PrivacyStatement:
-    """What privacy.json says of a run in which `step` steps were taken and those in the ledger lost."""
-    taken = ledger.taken(step) if taken is None else taken
-    assert sum(taken) == step, "every step that was taken is in the statement"
-    samplers = [PoissonSampler.from_dict(phase["sampler"]) for phase in mechanism["phases"]]
-    sigma, size = mechanism["noise_multiplier"], mechanism["dataset_size"]
-    records = [
-        PhaseRecord(
-            planned_steps=sampler.steps,
-            steps=steps,
-            lost_steps=lost,
-            sample_rate=sampler.sample_rate,
-            expected_batch_size=sampler.expected_batch_size,
-            noise_multiplier=sigma,
-            **phase["record"],
-        )
-        for phase, sampler, steps, lost in zip(mechanism["phases"], samplers, taken, ledger.charged, strict=True)
-    ]
-    return PrivacyStatement.create(
-        PoissonSampler(size, max(s.sample_rate for s in samplers), sum(s.steps for s in samplers)),
-        noise_multiplier=sigma,
-        prior=[PriorRun.from_dict(run) for run in mechanism["prior"]],
-        steps=sum(taken),
-        lost_steps=sum(ledger.charged),
-        phases=records if len(records) > 1 else (),
-        **mechanism["statement"],
-    )
-
-
-def abandoned_name(run_id: str) -> str:
-    return f"privacy-abandoned-{run_id}.json"
-
-
-def abandon(store: CheckpointStore, output_dir: Path) -> None:
-    """Gives up an unfinished run; its spent budget stays in the folder and is composed with whatever follows there."""
-    statement = statement_of_unfinished(store)
-    statement.save(output_dir / abandoned_name(statement.run_id))
-    store.erase()

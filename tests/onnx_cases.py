@@ -13,6 +13,17 @@ import dpbitfit_fx as dpb
 ROWS = 24
 
 
+def has_ort_training() -> bool:
+    from dpbitfit_fx.errors import ArtifactError
+    from dpbitfit_fx.ort_artifacts import training_api
+
+    try:
+        training_api()
+    except ArtifactError:
+        return False
+    return True
+
+
 def bert() -> tuple[torch.nn.Module, Callable[[Any, Any], torch.Tensor], dict[str, torch.Tensor]]:
     """A MiniLM-shaped classifier, with padding."""
     import transformers

@@ -100,7 +100,7 @@ def test_noise_and_draws_never_come_from_a_general_purpose_generator() -> None:
     weak = r"torch\.(randn|rand|normal|bernoulli|randperm|randint)(_like)?$|(np|numpy)\.random\.(normal|rand)"
     private = [
         ROOT / "dpbitfit_fx" / f"{n}.py"
-        for n in ("randomness", "sampling", "fit", "engine", "training_run", "ort_runner", "compile")
+        for n in ("randomness", "sampling", "fit", "engine", "training_run", "ort_runner", "ort_run", "ort_backends", "compile")
     ]
     assert offenders([p for p in private if p.exists()], weak) == []
 

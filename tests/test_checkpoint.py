@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -150,3 +151,24 @@ def test_another_state_of_the_same_step_never_overwrites_the_committed_one(tmp_p
     (second,) = (tmp_path / "c").glob("state-*")
     assert first != second and torch.equal(store.load()[0].trainables["bias"], torch.ones(3))
     store.close()
+
+
+def test_a_store_of_numpy_arrays_gives_back_every_bit_and_takes_nothing_of_torchs(tmp_path: Path) -> None:
+    theta = np.array([0.1, -0.0, np.nan], np.float32)
+    moments = {"m": np.arange(3.0), "t": np.array([7]), "file": np.array([1, 2], np.uint8)}
+    key, store = SecretKey(), CheckpointStore(tmp_path / "c", numpy=True).open()
+    store.save(SavedState(3, [0], {"m": 1}, {}, {"theta": theta}, moments), key)
+    state = store.load()[0]
+    assert state.trainables["theta"].tobytes() == theta.tobytes()
+    assert {n: (v.dtype, v.tobytes()) for n, v in state.optimizer.items()} == {
+        n: (v.dtype, v.tobytes()) for n, v in moments.items()
+    }
+    assert sum_digest(key, 1, theta) == sum_digest(key, 1, torch.from_numpy(theta))
+    with pytest.raises(CheckpointError, match=r"holds a Tensor \('optimizer\.m'\)"):
+        store.save(SavedState(4, [0], {"m": 1}, {}, {"theta": theta}, {"m": torch.ones(1)}), key)
+    store.close()
+
+
+def test_an_optimizer_of_torch_that_holds_numpy_arrays_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match=r"holds a ndarray \('optimizer\.h'\)"):
+        encode({"h": np.ones(1)}, {}, "optimizer")

@@ -102,6 +102,15 @@ def test_train_inspect_and_export_work_on_a_users_own_files(model_dir: Path, csv
     exported = invoke("export", output, model_dir, "--output", tmp_path / "onnx", "--format", "onnx")
     assert exported.exit_code == 0, exported.output
     assert (tmp_path / "onnx" / "grad_step.onnx").is_file()
+    further = invoke(
+        "ort-train", tmp_path / "onnx", "--data", csv_file, "--output", tmp_path / "further", "--steps", 2,
+        "--prior", output / "privacy.json",
+    )  # fmt: skip
+    assert further.exit_code == 0, further.output
+    again = json.loads((tmp_path / "further" / "privacy.json").read_text())
+    assert again["public_declarations"]["label_set"] == ["neg", "pos"] and again["steps"] == 2
+    assert [run["run_id"] for run in again["prior"]] == [statement["run_id"]]
+    assert again["epsilon"] > statement["epsilon"]
 
 
 def test_bad_arguments_and_bad_files_give_one_paragraph_and_leave_nothing(

@@ -336,7 +336,8 @@ def symbols(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
 
 def divisor(graph: fx.Graph) -> fx.Node:
     """The division by the number of tokens: the length as a value."""
-    return next(n for n in graph.nodes if n.target is aten.div.Scalar and isinstance(n.args[1], fx.Node))
+    node: fx.Node = next(n for n in graph.nodes if n.target is aten.div.Scalar and isinstance(n.args[1], fx.Node))
+    return node
 
 
 def test_the_length_may_be_a_value(sealed: JointGraph) -> None:

@@ -1,0 +1,100 @@
+"""The files of an export: its manifest, and the API of ONNX Runtime Training that some of them need. Torch-free."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dpbitfit_fx.errors import ArtifactError
+from dpbitfit_fx.files import read_text, sha256_file
+from dpbitfit_fx.passes.clipping import KINDS
+
+__all__ = ["FORMAT", "clipping_of", "read_manifest", "training_api"]
+
+FORMAT: Final = "dpbitfit_fx.onnx.v1"
+
+
+def training_api() -> Any:
+    """``onnxruntime.training.api`` without its package's ``__init__``, which imports torch and patches its seeding.
+
+    Raises:
+        ArtifactError: onnxruntime-training is not installed.
+    """
+    name = "onnxruntime.training"
+    if f"{name}.api" in sys.modules:
+        return sys.modules[f"{name}.api"]
+    standing_in = name not in sys.modules
+    try:
+        import onnxruntime
+
+        if standing_in:
+            folder = Path(onnxruntime.__file__).parent / "training"
+            if not (folder / "api").is_dir():
+                raise ImportError("onnxruntime has no training API")
+            package = types.ModuleType(name)
+            package.__path__ = [str(folder)]
+            sys.modules[name] = package
+        return importlib.import_module(f"{name}.api")
+    except ImportError as error:
+        raise ArtifactError(
+            "These artifacts need ONNX Runtime Training: pip install onnxruntime-training-cpu==1.19.2 (Python 3.11 "
+            "or older), after "
+            "uninstalling onnxruntime. On other Pythons, export with export_onnx instead: it runs on any onnxruntime."
+        ) from error
+    finally:
+        # Whoever imports the real package later gets the real one.
+        if standing_in:
+            sys.modules.pop(name, None)
+
+
+def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[str, Any]:
+    """The manifest of an export; with ``verify``, every file's SHA-256 is checked first.
+
+    Raises:
+        ArtifactError: not an export, or a file is missing or was changed after the export.
+    """
+    root = Path(folder)
+    try:
+        manifest = json.loads(read_text(root / "manifest.json"))
+    except ValueError:
+        raise ArtifactError(f"{os.fspath(folder)!r} has a damaged manifest.json. Export again.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{os.fspath(folder)!r} is not an export that this version of dpbitfit_fx can read. Export again."
+        )
+    if verify:
+        for name, digest in manifest["files"].items():
+            path = root / name
+            if not path.is_file():
+                raise ArtifactError(
+                    f"The export {os.fspath(folder)!r} lacks {name!r}. Copy the whole folder, or export again."
+                )
+            if sha256_file(path) != digest:
+                raise ArtifactError(
+                    f"{name!r} in {os.fspath(folder)!r} was changed after the export, so it is no longer the graph "
+                    "that was proved private "
+                    "and checked. Export again."
+                )
+    return manifest
+
+
+def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:
+    """How privacy.json names the export's clipping, and the gamma of automatic clipping.
+
+    Raises:
+        ArtifactError: another version's, of which nothing could be stated.
+    """
+    clipping = manifest["clipping"]
+    kind = next((k for k, c in KINDS.items() if c.__name__ == clipping["type"]), None)
+    if kind is None:
+        raise ArtifactError(
+            f"The manifest was written with the clipping {clipping['type']!r}, which this version does not know. Use "
+            "the version that exported it."
+        )
+    return kind, float(clipping["gamma"]) if kind == "automatic" else None

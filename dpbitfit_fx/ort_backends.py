@@ -1,0 +1,204 @@
+"""One private step from an export, on the runtime that it is for. Importable without torch.
+
+``ort_training``  Module, Optimizer and CheckpointState of ONNX Runtime Training (onnxruntime-training-cpu 1.19.2)
+``onnx``          the plain pair grad_step.onnx and update_step.onnx, on any onnxruntime
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dpbitfit_fx.errors import ArtifactError, SealBroken
+from dpbitfit_fx.files import describe_os_error
+from dpbitfit_fx.onnx_seal import check_artifacts
+from dpbitfit_fx.ort_artifacts import read_manifest, training_api
+
+__all__ = ["Array", "Backend", "OrtTrainingBackend", "PlainBackend", "load_artifacts"]
+
+Array = npt.NDArray[Any]
+
+
+class Backend(Protocol):
+    """One private step on some runtime: ``begin``, ``accumulate`` for every micro-batch, ``update``.
+
+    ``accumulate`` and ``gradient_buffers`` handle SECRET sums: they reach no disk and no callback. ``optimizer_state``
+    and ``flat`` are functions of noisy sums only.
+    """
+
+    noise_with_last_batch: bool
+
+    def begin(self) -> None: ...
+    def accumulate(self, batch: Mapping[str, Array], mask: Array, noise: Array) -> None: ...
+    def gradient_buffers(self) -> Array:
+        """What ``update`` will consume: with the noise where it comes with the last micro-batch, else without."""
+        ...
+
+    def update(self, noise: Array, learning_rate: float) -> None: ...
+    def flat(self) -> Array: ...
+    def set_flat(self, flat: Array) -> None: ...
+    def optimizer_state(self) -> dict[str, Array]: ...
+    def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None: ...
+
+
+class OrtTrainingBackend:
+    """Module, Optimizer and CheckpointState of ONNX Runtime Training; the noise enters with the last micro-batch."""
+
+    noise_with_last_batch = True
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.parameters = manifest["parameters"]
+        self._open(checkpoint or folder / "checkpoint")
+
+    def _open(self, checkpoint: Path) -> None:
+        import onnxruntime
+
+        api = training_api()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.state = api.CheckpointState.load_checkpoint(str(checkpoint))
+        self.module = api.Module(
+            str(self.folder / "training_model.onnx"),
+            self.state,
+            str(self.folder / "eval_model.onnx"),
+            session_options=options,
+        )
+        self.optimizer = api.Optimizer(str(self.folder / "optimizer_model.onnx"), self.module)
+        self.module.train()
+        self.names = list(self.module.input_names())
+        # ONNX Runtime takes every input that the checkpoint has a value for as a weight, and asks the user for the rest.
+        expected = {*(b["name"] for b in self.manifest["batch_inputs"]), "sample_mask", "noise"}
+        weights = {name for name, _ in self.state.parameters}
+        if not {"sample_mask", "noise"} <= set(self.names) <= expected or weights != {
+            p["onnx_name"] for p in self.parameters
+        }:
+            raise SealBroken(
+                f"{checkpoint.name}: it holds other values than the trainable parameters, so the noise or the mask might never "
+                "reach the training graph. Export again, or resume from another checkpoint."
+            )
+
+    def begin(self) -> None:
+        self.module.lazy_reset_grad()
+
+    def accumulate(self, batch: Mapping[str, Array], mask: Array, noise: Array) -> None:
+        given = {**batch, "sample_mask": mask, "noise": noise}
+        self.module.train()
+        self.module(*(np.ascontiguousarray(given[n]) for n in self.names))
+
+    def update(self, noise: Array, learning_rate: float) -> None:
+        self.optimizer.set_learning_rate(float(learning_rate))
+        self.optimizer.step()
+
+    def gradient_buffers(self) -> Array:
+        return np.concatenate(
+            [np.asarray(self.state.parameters[p["onnx_name"]].grad, np.float32).ravel() for p in self.parameters]
+        )
+
+    def flat(self) -> Array:
+        return np.concatenate(
+            [np.asarray(self.state.parameters[p["onnx_name"]].data, np.float32).ravel() for p in self.parameters]
+        )
+
+    def set_flat(self, flat: Array) -> None:
+        for p in self.parameters:
+            piece = np.ascontiguousarray(flat[p["offset"] : p["offset"] + p["numel"]], np.float32)
+            self.state.parameters[p["onnx_name"]] = piece.reshape(p["shape"])
+
+    def optimizer_state(self) -> dict[str, Array]:
+        with _temporary_file() as path:
+            training_api().CheckpointState.save_checkpoint(self.state, str(path), include_optimizer_state=True)
+            return {"checkpoint": np.frombuffer(path.read_bytes(), np.uint8)}
+
+    def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
+        with _temporary_file() as path:
+            path.write_bytes(optimizer_state["checkpoint"].tobytes())
+            self._open(path)
+        if self.flat().tobytes() != np.asarray(flat, np.float32).tobytes():
+            raise ArtifactError("ONNX Runtime did not give back the parameters that its checkpoint was made of.")
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """ONNX Runtime reads and writes its checkpoints by name only. They hold no secret: parameters and moments."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "state.ckpt"
+    except OSError as error:
+        raise ArtifactError(describe_os_error(error, tempfile.gettempdir())) from error
+
+
+class PlainBackend:
+    """``grad_step.onnx`` and ``update_step.onnx`` on any onnxruntime; parameters and moments are numpy vectors."""
+
+    noise_with_last_batch = False
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        import onnxruntime
+        from safetensors.numpy import load_file
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        self.grad = onnxruntime.InferenceSession(str(folder / "grad_step.onnx"), options, providers=providers)
+        self.step = onnxruntime.InferenceSession(str(folder / "update_step.onnx"), options, providers=providers)
+        self.grad_inputs = {i.name for i in self.grad.get_inputs()}
+        self.step_inputs = {i.name for i in self.step.get_inputs()}
+        size = int(manifest["num_trainable"])
+        initial = load_file(folder / "initial.safetensors")
+        theta = np.concatenate([initial[p["name"]].astype(np.float32).ravel() for p in manifest["parameters"]])
+        self.state: dict[str, Array] = {"theta": theta}
+        if manifest["optimizer"]["type"] == "AdamW":
+            self.state.update(m=np.zeros(size, np.float32), v=np.zeros(size, np.float32), t=np.zeros(1, np.int64))
+        self.accumulator: Array = np.zeros(size, np.float32)
+
+    def begin(self) -> None:
+        self.accumulator = np.zeros_like(self.accumulator)
+
+    def accumulate(self, batch: Mapping[str, Array], mask: Array, noise: Array) -> None:
+        given = {**batch, "sample_mask": mask, "theta": self.state["theta"], "accumulator": self.accumulator}
+        feed = {k: np.ascontiguousarray(v) for k, v in given.items() if k in self.grad_inputs}
+        self.accumulator = np.asarray(self.grad.run(None, feed)[0])
+
+    def update(self, noise: Array, learning_rate: float) -> None:
+        rate = np.array([learning_rate], np.float32)
+        given = {**self.state, "accumulator": self.accumulator, "noise": noise, "learning_rate": rate}
+        results = self.step.run(None, {k: v for k, v in given.items() if k in self.step_inputs})
+        self.state = dict(zip(self.state, (np.asarray(r) for r in results), strict=True))
+
+    def gradient_buffers(self) -> Array:
+        return self.accumulator
+
+    def flat(self) -> Array:
+        return np.array(self.state["theta"], np.float32)
+
+    def set_flat(self, flat: Array) -> None:
+        self.state["theta"] = np.ascontiguousarray(flat, np.float32)
+
+    def optimizer_state(self) -> dict[str, Array]:
+        return {name: value for name, value in self.state.items() if name != "theta"}
+
+    def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
+        given = {"theta": np.ascontiguousarray(flat, np.float32), **optimizer_state}
+        self.state = {name: np.asarray(given[name]) for name in self.state}
+
+
+def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None) -> Backend:
+    """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's, their seal matched first.
+
+    Raises:
+        SealBroken: a graph is not the private step that the manifest declares, whatever its hashes say.
+        ArtifactError: the folder is not an export, was changed, or its runtime (or onnx, for the seal) is not installed.
+    """
+    manifest = read_manifest(folder) if manifest is None else manifest
+    check_artifacts(folder, manifest)
+    if manifest["target"] == "ort_training":
+        return OrtTrainingBackend(Path(folder), manifest)
+    return PlainBackend(Path(folder), manifest)

@@ -1,0 +1,88 @@
+"""What a run spent, from its mechanism and its ledger alone: for privacy.json, and for a run that is given up.
+
+A mechanism is what a checkpoint says of the plan: `dataset_size`, `noise_multiplier`, `prior`, `phases` (sampler and
+record of each), `shortened`, and the fields of the `statement`. Torch-free: every runner writes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpbitfit_fx.accounting import PriorRun
+from dpbitfit_fx.checkpoint import CheckpointStore
+from dpbitfit_fx.phases import PhaseRecord, StepLedger
+from dpbitfit_fx.privacy_statement import PrivacyStatement
+from dpbitfit_fx.sampling import PoissonSampler
+
+__all__ = ["abandon", "abandoned_name", "comparable", "ledger_of", "make_statement", "statement_of_unfinished"]
+
+
+def comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
+    """What ε of each step depends on; the number of steps does not matter to the steps already taken, but it does to
+    which phase a step belongs to."""
+    plans = [phase["sampler"] for phase in mechanism["phases"]]
+    return {name: mechanism[name] for name in ("dataset_size", "noise_multiplier")} | {
+        "prior": sorted(mechanism["prior"], key=lambda run: str(run["run_id"])),
+        "rates": [plan["sample_rate"] for plan in plans],
+        "steps": [plan["steps"] for plan in plans[:-1]],
+        "shortened": mechanism["shortened"],
+    }
+
+
+def ledger_of(mechanism: Mapping[str, Any], charged: Sequence[int] | None = None) -> StepLedger:
+    planned = [phase["sampler"]["steps"] for phase in mechanism["phases"]]
+    return StepLedger(planned, charged, shortened=mechanism["shortened"])
+
+
+def statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
+    """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
+    step, charged, mechanism, since = store.spent()
+    ledger = ledger_of(mechanism, charged)
+    taken = ledger.taken(step)
+    # Without its journal nobody knows how far the run went: then as far as it could.
+    ledger.charge(step, ledger.total - step if since is None else since)
+    return make_statement(mechanism, ledger, step, taken)
+
+
+def make_statement(
+    mechanism: Mapping[str, Any], ledger: StepLedger, step: int, taken: Sequence[int] | None = None
+) -> PrivacyStatement:
+    """What privacy.json says of a run in which `step` steps were taken and those in the ledger lost."""
+    taken = ledger.taken(step) if taken is None else taken
+    assert sum(taken) == step, "every step that was taken is in the statement"
+    samplers = [PoissonSampler.from_dict(phase["sampler"]) for phase in mechanism["phases"]]
+    sigma, size = mechanism["noise_multiplier"], mechanism["dataset_size"]
+    records = [
+        PhaseRecord(
+            planned_steps=sampler.steps,
+            steps=steps,
+            lost_steps=lost,
+            sample_rate=sampler.sample_rate,
+            expected_batch_size=sampler.expected_batch_size,
+            noise_multiplier=sigma,
+            **phase["record"],
+        )
+        for phase, sampler, steps, lost in zip(mechanism["phases"], samplers, taken, ledger.charged, strict=True)
+    ]
+    return PrivacyStatement.create(
+        PoissonSampler(size, max(s.sample_rate for s in samplers), sum(s.steps for s in samplers)),
+        noise_multiplier=sigma,
+        prior=[PriorRun.from_dict(run) for run in mechanism["prior"]],
+        steps=sum(taken),
+        lost_steps=sum(ledger.charged),
+        phases=records if len(records) > 1 else (),
+        **mechanism["statement"],
+    )
+
+
+def abandoned_name(run_id: str) -> str:
+    return f"privacy-abandoned-{run_id}.json"
+
+
+def abandon(store: CheckpointStore, output_dir: Path) -> None:
+    """Gives up an unfinished run; its spent budget stays in the folder and is composed with whatever follows there."""
+    statement = statement_of_unfinished(store)
+    statement.save(output_dir / abandoned_name(statement.run_id))
+    store.erase()
