@@ -90,21 +90,17 @@ def worst(step: dpb.PrivateStep, loss_fn: Any, batch: Any) -> float:
 # -- it fires ---------------------------------------------------------------------------------------------------------
 
 
-AUDIO = {"input_values": {1: Dim("T", min=300, max=500)}}
-
-
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama", "wav2vec2"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama"])
 def test_one_graph_has_the_gradients_of_the_loop_at_three_lengths_that_no_capture_saw(name: str) -> None:
     zoo = pytest.importorskip("zoo")
     case, dtype = zoo.cases()[name], torch.float64
     model, loss_fn = zoo.build(case, dtype), zoo.in_dtype(case.loss, dtype)
-    shapes, unseen = (AUDIO, (317, 444, 488)) if name == "wav2vec2" else (TEXT, UNSEEN)
-    step = dpb.compile(model, loss_fn, case.rows([0, 1, 2, 3], dtype), dynamic_shapes=shapes)
+    step = dpb.compile(model, loss_fn, case.rows([0, 1, 2, 3], dtype), dynamic_shapes=TEXT)
     dynamic = step.dynamic_length
-    assert dynamic is not None and not set(unseen) & set(dynamic.captured) and len(set(dynamic.checked)) == 4
+    assert dynamic is not None and not set(UNSEEN) & set(dynamic.captured) and len(set(dynamic.checked)) == 4
     assert f"{dynamic.checked[0]} to {dynamic.checked[-1]}, checked at " in str(step.report())
     pool = case.rows([1, 2, 3], dtype)
-    for length, rows in itertools.product(unseen, (1, 3)):
+    for length, rows in itertools.product(UNSEEN, (1, 3)):
         batch = {
             k: at_length(v, dynamic.dims[k], length)[:rows] if k in dynamic.dims else v[:rows] for k, v in pool.items()
         }
@@ -460,22 +456,6 @@ def test_fit_compiles_once_for_three_padded_lengths_and_trains_what_three_steps_
 
 
 # -- what finally runs ------------------------------------------------------------------------------------------------
-
-
-def test_inductor_runs_every_length() -> None:
-    pytest.importorskip("torch._inductor")
-    from dpbitfit_fx.lowering import check_lowering
-
-    try:
-        check_lowering("inductor", ())
-    except dpb.CompileRefused:
-        pytest.skip("no C++ compiler")
-    model = tiny()
-    ours = dpb.compile(model, loss, words(), dynamic_shapes=TEXT, backend="inductor")
-    eager = dpb.compile(model, loss, words(), dynamic_shapes=TEXT)
-    for length in UNSEEN:
-        a, b = ours.clipped_sum(words(length, 3)), eager.clipped_sum(words(length, 3))
-        assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 
 
 def test_the_exported_graph_takes_every_length(tmp_path: Path) -> None:
