@@ -41,9 +41,11 @@ class MeanPooledClassifier(nn.Module):
     """A bare encoder, masked mean pooling and a new linear head whose weight and bias start at zero.
 
     Zero keeps the start of training free of random directions, and public: it can be rebuilt from nothing. The head reads
-    normalised features (mean 0, standard deviation 1): one clipping norm holds the gradients of head and biases together,
-    and at the size that an encoder happens to give its features one of the two would drown.
+    features of one size for every record and every model (mean 0, standard deviation `FEATURE_STD`): one clipping norm holds
+    the gradients of head and biases together, and at the size that encoders happen to give one of the two would drown.
     """
+
+    FEATURE_STD = 1.5
 
     def __init__(self, encoder: nn.Module, hidden_size: int, num_labels: int) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class MeanPooledClassifier(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, num_labels]``."""
         features = self.features(input_ids, attention_mask)
-        logits: torch.Tensor = self.head(functional.layer_norm(features, features.shape[-1:]))
+        logits: torch.Tensor = self.head(self.FEATURE_STD * functional.layer_norm(features, features.shape[-1:]))
         return logits
 
 
