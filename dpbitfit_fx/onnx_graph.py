@@ -29,6 +29,7 @@ SEQUENCES: Final = frozenset(
 STRINGS: Final = frozenset(
     ["StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder"]
 )
+LENGTH: Final = "length"  # in an expected shape: a dimension that is the padded length, free within its range
 # The fields of a model, a graph, a node, a tensor and an attribute that are read here. Any other could carry a second graph.
 FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "ModelProto": frozenset(
@@ -283,11 +284,14 @@ class OnnxGraph:
             self.refuse(f"{what}: it is read {readers} times, expected once; a second use could leave the graph")
 
     def has_inputs(self, expected: Mapping[str, tuple[int, list[Any]]], optional: Collection[str] = ()) -> None:
-        """Exactly these inputs, with their element types and shapes (None: any size, one symbol for all of them)."""
+        """Exactly these inputs, with their element types and shapes.
+
+        None is the batch size and LENGTH a free padded length: one symbol each, for all inputs.
+        """
         for name in self.inputs:
             if name not in expected:
                 self.refuse(f"it takes the input {name!r}, which no step has; frozen weights belong into the file")
-        symbols = set()
+        symbols: dict[Any, set[str]] = {None: set(), LENGTH: set()}
         for name, (kind, shape) in expected.items():
             if name not in self.inputs:
                 if name in optional:
@@ -297,8 +301,12 @@ class OnnxGraph:
             dims = [
                 d.dim_param or None if d.WhichOneof("value") != "dim_value" else d.dim_value for d in tensor.shape.dim
             ]
-            symbols |= {d for d in dims if isinstance(d, str)}
-            found = [None if isinstance(d, str) else d for d in dims]
+            free = [isinstance(d, str) and n in (None, LENGTH) for d, n in zip(dims, shape, strict=False)]
+            for dim, size, symbolic in zip(dims, shape, free, strict=False):
+                if symbolic:
+                    symbols[size].add(str(dim))
+            found = [n if symbolic else d for d, n, symbolic in zip(dims, shape, free, strict=False)]
+            found += dims[len(found) :]
             if (
                 self.inputs[name].type.WhichOneof("value") != "tensor_type"
                 or tensor.elem_type != kind
@@ -308,8 +316,9 @@ class OnnxGraph:
                 self.refuse(
                     f"its input {name!r} has the type {tensor.elem_type} and shape {dims}; expected {kind}, {shape}"
                 )
-        if len(symbols) > 1:
-            self.refuse(f"its inputs do not share one batch size but have {sorted(symbols)}")
+        if len(symbols[None]) > 1 or len(symbols[LENGTH]) > 1 or symbols[None] & symbols[LENGTH]:
+            have = sorted(symbols[None] | symbols[LENGTH])
+            self.refuse(f"its inputs do not share one batch size (and one padded length) but have {have}")
 
     def reached_by(self, sources: Iterable[str]) -> set[str]:
         """Every input whose values ``sources`` depend on; a shape says the physical batch size, which is public."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.onnx_ghost_seal import LARGEST_FACTORS, LEAST_SHARE, Ghost, match_ghost_norm, match_ghost_sum, stacked
-from dpbitfit_fx.onnx_graph import MICROSOFT, OnnxGraph
+from dpbitfit_fx.onnx_graph import LENGTH, MICROSOFT, OnnxGraph
 from dpbitfit_fx.passes.clipping import (
     KINDS,
     SMALLEST_SQUARED_NORM,
@@ -54,7 +54,7 @@ class Declared:
     expected_batch_size: float
     names: tuple[str, ...]  # of the parameters in the graphs
     shapes: tuple[tuple[int, ...], ...]
-    batch: tuple[tuple[str, int, list[int]], ...]
+    batch: tuple[tuple[str, int, list[Any]], ...]
     optimizer: Mapping[str, Any]
     files: frozenset[str]
 
@@ -82,6 +82,7 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
         clipping = found(**fields)
         parameters = manifest["parameters"]
         shapes = tuple(tuple(int(n) for n in p["shape"]) for p in parameters)
+        free = {str(path): int(dim) for path, dim in manifest.get("dynamic_length", {"dims": {}})["dims"].items()}
         result = Declared(
             target=str(manifest["target"]),
             clipping=clipping,
@@ -91,7 +92,12 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
             names=tuple(str(p["onnx_name"]) for p in parameters),
             shapes=shapes,
             batch=tuple(
-                (str(b["name"]), DTYPES[b["dtype"]], [int(n) for n in b["shape"]]) for b in manifest["batch_inputs"]
+                (
+                    str(b["name"]),
+                    DTYPES[b["dtype"]],
+                    [LENGTH if free.get(b["path"]) == i else int(n) for i, n in enumerate(b["shape"], start=1)],
+                )
+                for b in manifest["batch_inputs"]
             ),
             optimizer=dict(manifest["optimizer"]),
             files=frozenset(manifest["files"]),

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[DPBitFitError], str]] = 
     "lengths out of order": (lambda: text(padded_lengths=(8, 4)), DataError, "ascending"),
     "lengths for an unknown key": (lambda: text(padded_lengths={"tokens": (12,)}), DataError, "names 'tokens'"),
     "lengths where nothing is a sequence": (
-        lambda: {"dataset": [{"x": 1.0}] * 50, "padded_lengths": 4},
+        lambda: {"dataset": [{"x": 1.0} for _ in range(50)], "padded_lengths": 4},
         DataError,
         "pad",
     ),
