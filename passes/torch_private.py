@@ -154,7 +154,8 @@ def attention_kernel(
     if not torch.cuda.is_available():
         return "efficient" if q.dtype in (torch.float32, torch.float16, torch.bfloat16) else "math"
     like = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, mask)]
-    choice: int = torch._fused_sdp_choice(*like, 0.0, causal, scale=scale)  # type: ignore[arg-type]
+    choose: Any = torch._fused_sdp_choice
+    choice = choose(*like, 0.0, causal, scale=scale)
     name = {1: "flash", 2: "efficient", 3: "cudnn"}.get(int(choice), "math")
     return "efficient" if name == "flash" and q.shape[-1] > 192 else name
 

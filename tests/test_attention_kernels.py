@@ -7,6 +7,7 @@ Fake CUDA tensors cannot be captured by a build of torch without CUDA: autograd 
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
-from dpbitfit_fx.passes import attention_rule, one_sample
+from dpbitfit_fx.passes import one_sample
 from dpbitfit_fx.passes.attention_kernels import KERNELS
 from dpbitfit_fx.passes.attention_rule import attention
 from dpbitfit_fx.passes.capture import capture
@@ -103,7 +104,8 @@ def cudnn_backward(  # type: ignore[no-untyped-def]
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
     """The CUDA operators have CPU kernels while a test runs: the references above."""
-    library = torch.library.Library("aten", "IMPL")
+    make: Any = torch.library.Library
+    library = make("aten", "IMPL")
     for name, run in (("flash", flash), ("efficient", efficient), ("cudnn", cudnn)):
         library.impl(f"_scaled_dot_product_{name}_attention", run, "CPU")
         library.impl(f"_scaled_dot_product_{name}_attention_backward", globals()[f"{name}_backward"], "CPU")
@@ -131,16 +133,15 @@ def agree(kernel: str, mask: str, windows: int, causal: bool = False, scale: flo
     dims = (0, 0, 0, None if m is None else 0)
 
     def folded(*x: Tensor) -> Tensor:
-        value: Tensor = vmap(
-            lambda q, k, v, m: attention(q, k, v, m, causal=causal, scale=scale, kernel=kernel), in_dims=dims
-        )(*x, m)
+        one: Any = functools.partial(attention, causal=causal, scale=scale, kernel=kernel)
+        batched: Any = vmap(lambda q, k, v, m: one(q, k, v, m), in_dims=dims)
+        value: Tensor = batched(*x, m)
         return value
 
-    def loop(*x: Tensor) -> Tensor:
+    def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         masks = [None] * B if m is None else list(m)
         parts = [
-            F.scaled_dot_product_attention(*(y[i] for y in x), masks[i], is_causal=causal, scale=scale)
-            for i in range(B)
+            F.scaled_dot_product_attention(q[i], k[i], v[i], masks[i], is_causal=causal, scale=scale) for i in range(B)
         ]
         return torch.stack(parts)
 
@@ -187,13 +188,28 @@ def test_the_comparison_kills_a_mutant_of_the_folding(
 ) -> None:
     right = KERNELS[kernel]
     first, second = MUTANTS[mutant](right.forward, right.backward)
-    monkeypatch.setitem(attention_rule.KERNELS, kernel, right._replace(forward=first, backward=second))
+    monkeypatch.setitem(KERNELS, kernel, right._replace(forward=first, backward=second))
     assert not all(
         (
             agree(kernel, "float, over windows" if right.masked else "none", 1),
             agree(kernel, "none", 1, causal=True, scale=0.3),
         )
     )
+
+
+def test_with_a_gpu_torchs_own_choice_is_taken_but_flash_has_no_backward_for_large_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def taken(choice: int, head: int) -> str:
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, mask, p, causal, scale: choice)
+        with FakeTensorMode():
+            x = torch.empty(1, 2, 5, head, device="cuda")
+            return attention_kernel(x, x, x, None, False, None)
+
+    assert [taken(choice, 64) for choice in range(5)] == ["math", "flash", "efficient", "cudnn", "math"]
+    assert [taken(choice, 200) for choice in (1, 2)] == ["efficient", "efficient"]
 
 
 class Attends(nn.Module):
@@ -210,7 +226,7 @@ class Attends(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for weight, bias in zip(self.weight.unbind(0), (self.first_bias, self.second_bias), strict=True):
-            q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in F.linear(x, weight, bias).chunk(3, -1))
+            q, k, v = (y.reshape(*y.shape[:2], 2, 4).transpose(1, 2) for y in F.linear(x, weight, bias).chunk(3, -1))
             m = None if mask is None else mask.unsqueeze(1).unsqueeze(1)
             x = x + F.scaled_dot_product_attention(q, k, v, m, is_causal=self.causal).transpose(1, 2).flatten(2)
         return x.square().mean((1, 2))
