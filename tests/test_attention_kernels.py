@@ -7,7 +7,6 @@ Fake CUDA tensors cannot be captured by a build of torch without CUDA: autograd 
 from __future__ import annotations
 
 import collections
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,9 +131,11 @@ def agree(kernel: str, mask: str, windows: int, causal: bool = False, scale: flo
     rows = [torch.randn(B, windows, n, 2, 4, dtype=D).transpose(2, 3).requires_grad_() for n in (t, s, s)]
     dims = (0, 0, 0, None if m is None else 0)
 
+    def one(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> Tensor:
+        return attention(q, k, v, m, causal=causal, scale=scale, kernel=kernel)
+
     def folded(*x: Tensor) -> Tensor:
-        one: Any = functools.partial(attention, causal=causal, scale=scale, kernel=kernel)
-        batched: Any = vmap(lambda q, k, v, m: one(q, k, v, m), in_dims=dims)
+        batched: Any = vmap(one, in_dims=dims)
         value: Tensor = batched(*x, m)
         return value
 
