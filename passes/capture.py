@@ -34,7 +34,7 @@ from .model_state import (
     refuse_train_mode_batchnorm,
     untouched,
 )
-from .one_sample import ATTENTION, OneSample, masks_that_need_gradients, rule_for
+from .one_sample import ATTENTION, OneSample, attention_kernels, masks_that_need_gradients, rule_for
 from .outside import Outside
 from .torch_private import (
     is_random,
@@ -137,6 +137,7 @@ def _capture(source: Source) -> JointGraph:
     tensors, _, spec, names, size = split_batch(source.example_batch)
     module = program.graph_module
     dropped = drop_checks(module)
+    kernels = attention_kernels(module)
     specs = program.graph_signature.input_specs
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     # A tied parameter may be exported under its last name; named_parameters() lists it under its first.
@@ -186,7 +187,7 @@ def _capture(source: Source) -> JointGraph:
     state.update(added_biases.zeros(added, source.model))
     frozen = [t for t, r in zip(targets, roles, strict=True) if r is Role.FROZEN]
     interpreter = OneSample(module)
-    interpreter.dropout = source.dropout
+    interpreter.dropout, interpreter.kernels = source.dropout, kernels
     interpreter.trainable_masks = masks_that_need_gradients(
         module, [n for n, r in zip(placeholders, roles, strict=True) if r is Role.TRAINABLE]
     )

@@ -9,7 +9,7 @@ from torch import fx
 
 from . import ctc_rule, recurrent_rules, routing_rules, sample_rules, user_rules, write_rules
 from .attention_rule import attention
-from .torch_private import argument_names
+from .torch_private import argument_names, arguments, attention_kernel
 from .unify import VIEWS
 
 aten = torch.ops.aten
@@ -32,6 +32,7 @@ class OneSample(fx.Interpreter):
     """Runs the exported one-sample graph under vmap, with attention that knows how to be folded."""
 
     trainable_masks: set[fx.Node]
+    kernels: dict[fx.Node, str]
     dropout = False
     current: fx.Node | None = None
 
@@ -54,6 +55,7 @@ class OneSample(fx.Interpreter):
                 scale=given.get("scale"),
                 enable_gqa=given.get("enable_gqa", False),
                 mask_is_trainable=self.current in self.trainable_masks,
+                kernel=self.kernels.get(self.current, "math"),
             )
         if (
             target in VIEWS
@@ -75,4 +77,17 @@ def masks_that_need_gradients(module: fx.GraphModule, trained: list[fx.Node]) ->
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if mask in depends:
                 result.add(node)
+    return result
+
+
+def attention_kernels(module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The kernel of each attention node, by the shapes and the device of one sample; keys repeated for grouped heads."""
+    result = {}
+    for node in module.graph.nodes:
+        if node.target is ATTENTION:
+            given = arguments(node)
+            q, k, v, mask = (given[n] and given[n].meta["val"] for n in ("query", "key", "value", "attn_mask"))
+            if given["enable_gqa"] and q.dim() == k.dim() == v.dim() == 4:
+                k, v = (x.new_empty(x.shape[0], q.shape[1], *x.shape[2:]) for x in (k, v))
+            result[node] = attention_kernel(q, k, v, mask, given["is_causal"], given["scale"])
     return result

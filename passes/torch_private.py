@@ -141,6 +141,25 @@ def draws_numbers(target: Any, args: Any, kwargs: Any) -> bool:
     return bool((args[at] if len(args) > at else kwargs.get("dropout_p", 0.0)) != 0.0)
 
 
+def attention_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float | None
+) -> str:
+    """The kernel that torch takes for attention over tensors like these: cpu, flash, efficient, cudnn or math.
+
+    Where there is no GPU to ask, fake CUDA tensors get ``efficient``, which takes masks. Heads above 192 have no flash
+    backward on every GPU.
+    """
+    if q.device.type != "cuda":
+        return "cpu" if q.device.type == "cpu" else "math"
+    if not torch.cuda.is_available():
+        return "efficient" if q.dtype in (torch.float32, torch.float16, torch.bfloat16) else "math"
+    like = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, mask)]
+    choose: Any = torch._fused_sdp_choice
+    choice = choose(*like, 0.0, causal, scale=scale)
+    name = {1: "flash", 2: "efficient", 3: "cudnn"}.get(int(choice), "math")
+    return "efficient" if name == "flash" and q.shape[-1] > 192 else name
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ATen node by name, in schema order, defaults filled in."""
     schema: Any = node.target._schema  # type: ignore[union-attr]
