@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dpbitfit_fx.console import EvalFile, Overwrite, PhysicalBatchSize, PriorFiles, Resume, TuningCovered
 from dpbitfit_fx.console import busy as _busy
 from dpbitfit_fx.console import console as _console
 from dpbitfit_fx.console import names as _names
@@ -109,7 +110,7 @@ def train(
     target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default at most 1/(10 N).")] = None,
     epochs: Annotated[float, typer.Option()] = 3.0,
     expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
-    physical_batch_size: Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")] = 32,
+    physical_batch_size: PhysicalBatchSize = 32,
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
     clipping: Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")] = "automatic",
     learning_rate: Annotated[float, typer.Option()] = 5e-3,
@@ -123,17 +124,11 @@ def train(
         bool, typer.Option("--add-bias", help="Also train a new bias for every layer that has none.")
     ] = False,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the number of records.")] = None,
-    eval_file: Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")] = None,
-    prior: Annotated[
-        list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the results of a finished run, and count it in epsilon.")
-    ] = False,
-    tuning_covered: Annotated[
-        bool, typer.Option("--tuning-covered", help="Declare that nothing was tuned on these records.")
-    ] = False,
+    eval_file: EvalFile = None,
+    prior: PriorFiles = None,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    tuning_covered: TuningCovered = False,
 ) -> None:
     """Train the biases of a model on private labelled text."""
     from dpbitfit_fx.data import parse_lengths, read_table

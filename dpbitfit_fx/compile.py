@@ -381,15 +381,15 @@ def compile(  # the name users of torch.compile expect
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    source = Source(
-        model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout
-    )
     if dropout and dynamic_shapes:
         raise CompileRefused(
             "dynamic_shapes and dropout=True cannot be combined: how many random numbers a sample draws depends on its length. "
             "Compile once per length, or leave dropout off."
         )
-    source = dataclasses.replace(source, length=dynamic_length(dynamic_shapes, example_batch, model))
+    length = dynamic_length(dynamic_shapes, example_batch, model)
+    source = Source(
+        model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout, length
+    )
     # The caller's modes are not the model's: captured under no_grad it would have no gradient.
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)
     with warnings.catch_warnings(), modes[0], modes[1], modes[2]:

@@ -1,15 +1,29 @@
-"""What the commands of `dpbitfit` share: where they write to, and lists of names. Torch-free."""
+"""What the commands of `dpbitfit` share: options, where they write to, and lists of names. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from dpbitfit_fx.errors import DataError
 
-__all__ = ["busy", "console", "names"]
+__all__ = ["EvalFile", "Overwrite", "PhysicalBatchSize", "PriorFiles", "Resume", "TuningCovered", "busy", "console", "names"]
+
+PhysicalBatchSize = Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")]
+EvalFile = Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")]
+PriorFiles = Annotated[list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")]
+Resume = Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the results of a finished run, and count it in epsilon.")
+]
+TuningCovered = Annotated[
+    bool, typer.Option("--tuning-covered", help="Declare that nothing was tuned on these records.")
+]
 
 
 def console(stderr: bool = False) -> Console:

@@ -21,14 +21,13 @@ from dpbitfit_fx.batching import (
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
 from dpbitfit_fx.passes.clipping import Clipping
 from dpbitfit_fx.passes.torch_private import leaf_names
-from dpbitfit_fx.phases import joined_hash
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
 if TYPE_CHECKING:
     from dpbitfit_fx.compile import PrivateStep
 
-__all__ = ["Engine", "build_engine", "graph_hash_of"]
+__all__ = ["Engine", "build_engine", "graph_hashes"]
 
 
 class Engine:
@@ -202,6 +201,6 @@ def _one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[.
     return step
 
 
-def graph_hash_of(compiled: Sequence[PrivateStep]) -> str:
-    """Of the one graph, or of all of them where there is one per padded length."""
-    return joined_hash(list({id(step): step.graph_hash for step in compiled}.values()))
+def graph_hashes(compiled: Sequence[PrivateStep]) -> list[str]:
+    """Of the one graph for all padded lengths, or of one per length."""
+    return [step.graph_hash for step in dict.fromkeys(compiled)]

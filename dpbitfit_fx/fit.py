@@ -39,7 +39,7 @@ from dpbitfit_fx.biases import (
     save_biases,
 )
 from dpbitfit_fx.checkpoint import CheckpointStore
-from dpbitfit_fx.engine import Engine, build_engine, graph_hash_of
+from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
 from dpbitfit_fx.errors import DataError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
@@ -363,6 +363,7 @@ def _stage(phase: Phase, engine: Engine, sampler: PoissonSampler) -> Stage:
     tried = build_optimizer(phase.optimizer, parameters, rate)
     settings = optimizer_settings(tried)
     _, schedule = build_schedule(phase.lr_schedule, tried, sampler.steps)
+    hashes = graph_hashes(engine.compiled)
     return Stage(
         engine,
         sampler,
@@ -373,10 +374,10 @@ def _stage(phase: Phase, engine: Engine, sampler: PoissonSampler) -> Stage:
             "max_grad_norm": float(engine.update.max_grad_norm),
             "clipping": clipping.kind,
             "gamma": clipping.gamma if isinstance(clipping, AutomaticClipping) else None,
-            "graph_hash": graph_hash_of(engine.compiled),
+            "graph_hash": joined_hash(hashes),
         },
         fingerprint={
-            "graphs": list({id(step): step.graph_hash for step in engine.compiled}.values()),
+            "graphs": hashes,
             "clipping": repr(clipping),
             "trainables": [[name, list(shape)] for name, shape in engine.update.trainable_shapes.items()],
             "optimizer": f"{type(tried).__module__}.{type(tried).__qualname__}",

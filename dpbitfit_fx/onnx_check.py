@@ -19,6 +19,7 @@ import torch
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_export import SGD, AdamW, Layout, Optimizer, flat_parameters, layout_of
+from dpbitfit_fx.ort_backends import open_session
 from dpbitfit_fx.passes.lengths import resized
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten, tree_unflatten
 
@@ -88,15 +89,6 @@ def parameters_set(step: Any, layout: Layout, flat: Array) -> Iterator[None]:
                 named[name].copy_(value)
 
 
-def session_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    return options
-
-
 def make_session(path: Path) -> Any:
     """An InferenceSession on the CPU at ORT_ENABLE_ALL."""
     try:
@@ -108,7 +100,7 @@ def make_session(path: Path) -> Any:
             "(Python 3.11), or onnxruntime for export_onnx alone."
         ) from error
     try:
-        return onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+        return open_session(path)
     except Exception as error:
         raise ExportError(
             f"onnxruntime {onnxruntime.__version__} cannot load {path.name}: {str(error).splitlines()[0][:400]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,31 @@ from dpbitfit_fx.files import describe_os_error
 from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.ort_artifacts import read_manifest, training_api
 
-__all__ = ["Array", "Backend", "OrtTrainingBackend", "PlainBackend", "load_artifacts"]
+__all__ = ["Array", "Backend", "OrtTrainingBackend", "PlainBackend", "load_artifacts", "open_session", "pieces"]
 
 Array = npt.NDArray[Any]
+
+
+def session_options() -> Any:
+    """At ORT_ENABLE_ALL, without warnings on the screen."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def open_session(path: Path) -> Any:
+    """An InferenceSession on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+
+
+def pieces(parameters: Sequence[Mapping[str, Any]], flat: Array, key: str) -> dict[str, Array]:
+    """``float32[D]`` -> the parameters in their shapes, views, by ``"name"`` (torch's) or ``"onnx_name"``."""
+    return {p[key]: flat[p["offset"] : p["offset"] + p["numel"]].reshape(p["shape"]) for p in parameters}
 
 
 class Backend(Protocol):
@@ -59,17 +81,13 @@ class OrtTrainingBackend:
         self._open(checkpoint or folder / "checkpoint")
 
     def _open(self, checkpoint: Path) -> None:
-        import onnxruntime
-
         api = training_api()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         self.state = api.CheckpointState.load_checkpoint(str(checkpoint))
         self.module = api.Module(
             str(self.folder / "training_model.onnx"),
             self.state,
             str(self.folder / "eval_model.onnx"),
-            session_options=options,
+            session_options=session_options(),
         )
         self.optimizer = api.Optimizer(str(self.folder / "optimizer_model.onnx"), self.module)
         self.module.train()
@@ -108,9 +126,8 @@ class OrtTrainingBackend:
         )
 
     def set_flat(self, flat: Array) -> None:
-        for p in self.parameters:
-            piece = np.ascontiguousarray(flat[p["offset"] : p["offset"] + p["numel"]], np.float32)
-            self.state.parameters[p["onnx_name"]] = piece.reshape(p["shape"])
+        for name, piece in pieces(self.parameters, np.ascontiguousarray(flat, np.float32), "onnx_name").items():
+            self.state.parameters[name] = piece
 
     def optimizer_state(self) -> dict[str, Array]:
         with _temporary_file() as path:
@@ -141,14 +158,10 @@ class PlainBackend:
     noise_with_last_batch = False
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        import onnxruntime
         from safetensors.numpy import load_file
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
-        self.grad = onnxruntime.InferenceSession(str(folder / "grad_step.onnx"), options, providers=providers)
-        self.step = onnxruntime.InferenceSession(str(folder / "update_step.onnx"), options, providers=providers)
+        self.grad = open_session(folder / "grad_step.onnx")
+        self.step = open_session(folder / "update_step.onnx")
         self.grad_inputs = {i.name for i in self.grad.get_inputs()}
         self.step_inputs = {i.name for i in self.step.get_inputs()}
         size = int(manifest["num_trainable"])

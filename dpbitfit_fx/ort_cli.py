@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dpbitfit_fx.console import busy, console, names
+from dpbitfit_fx.console import (
+    EvalFile,
+    Overwrite,
+    PhysicalBatchSize,
+    PriorFiles,
+    Resume,
+    TuningCovered,
+    busy,
+    console,
+    names,
+)
 from dpbitfit_fx.errors import DataError
 
 __all__ = ["ort_train"]
@@ -33,20 +43,14 @@ def ort_train(
     learning_rate: Annotated[float | None, typer.Option(help="Default: the export's.")] = None,
     lr_schedule: Annotated[str, typer.Option(help="constant, or linear (falls to zero).")] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate grows.", min=0)] = 0,
-    physical_batch_size: Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")] = 32,
+    physical_batch_size: PhysicalBatchSize = 32,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the export's plan.")] = None,
-    eval_file: Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")] = None,
-    prior: Annotated[
-        list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")
-    ] = None,
+    eval_file: EvalFile = None,
+    prior: PriorFiles = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the results of a finished run, and count it in epsilon.")
-    ] = False,
-    tuning_covered: Annotated[
-        bool, typer.Option("--tuning-covered", help="Declare that nothing was tuned on these records.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    tuning_covered: TuningCovered = False,
 ) -> None:
     """Train from an export on private records, in ONNX Runtime, without PyTorch."""
     from dpbitfit_fx.files import ensure_output_folder

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpbitfit_fx.errors import ArtifactError, DataError
-from dpbitfit_fx.ort_backends import Array
+from dpbitfit_fx.ort_backends import Array, open_session, pieces
 from dpbitfit_fx.ort_records import Records
 
 __all__ = ["Evaluator"]
@@ -26,26 +26,18 @@ class Evaluator:
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-        import onnxruntime
-
-        path = Path(folder) / "eval_model.onnx"
         if "eval_model.onnx" not in manifest["files"]:
             raise ArtifactError(
                 f"{os.fspath(folder)!r} has no evaluation model. Leave the evaluation out, load biases.safetensors onto "
                 "the PyTorch model, or export with export_ort_training(..., eval_output=...)."
             )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = open_session(Path(folder) / "eval_model.onnx")
         self.wanted = {i.name for i in self.session.get_inputs()}
         self.parameters, self.inputs = manifest["parameters"], manifest["batch_inputs"]
         self.gives_loss = bool(manifest.get("eval_takes_mask"))
 
     def _run(self, batch: Mapping[str, Array], mask: Array, flat: Array) -> list[Array]:
-        pieces = {
-            p["onnx_name"]: flat[p["offset"] : p["offset"] + p["numel"]].reshape(p["shape"]) for p in self.parameters
-        }
-        given = {**batch, "sample_mask": mask, **pieces}
+        given = {**batch, "sample_mask": mask, **pieces(self.parameters, flat, "onnx_name")}
         return [np.asarray(r) for r in self.session.run(None, {k: v for k, v in given.items() if k in self.wanted})]
 
     def scores(self, records: Records, flat: Array, label: str, rows: int = 64) -> dict[str, float]:

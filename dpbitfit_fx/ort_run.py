@@ -13,7 +13,7 @@ from dpbitfit_fx.ort_backends import Array, Backend
 from dpbitfit_fx.ort_plan import Plan
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.randomness import SecretKey, stream
-from dpbitfit_fx.run_statement import comparable, ledger_of, make_statement
+from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, statement_of_stopped
 
 if TYPE_CHECKING:
     from dpbitfit_fx.privacy_statement import PrivacyStatement
@@ -125,10 +125,8 @@ class OrtRun:
 
     def statement(self) -> PrivacyStatement:
         """Of a run that stops here: a step under way, or possibly released before a crash, counts as lost."""
-        ledger = ledger_of(self.mechanism, self.ledger.charged)
-        taken = ledger.taken(self.step)
-        ledger.charge(self.step, max([int(self._torn), *(number + 1 - self.step for number in self.pending)]))
-        return make_statement(self.mechanism, ledger, self.step, taken)
+        since = max([int(self._torn), *(number + 1 - self.step for number in self.pending)])
+        return statement_of_stopped(self.mechanism, self.ledger.charged, self.step, since)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -184,10 +182,7 @@ class OrtRun:
             raise CheckpointError(
                 f"The checkpoint's optimizer state cannot be loaded ({type(error).__name__}). Nothing was changed."
             ) from error
-        # The statement goes on naming the run that began; noise from a known seed stays insecure for ever.
-        statement, saved = self.mechanism["statement"], state.mechanism["statement"]
-        statement["run_id"] = saved["run_id"]
-        statement["insecure"] = statement["insecure"] or saved["insecure"]
+        go_on_as(self.mechanism, state.mechanism)
         self.key.erase()
         self.key, self.step, self.history = key, state.step, list(state.history)
         self.ledger.charged = list(state.charged_steps)

@@ -25,7 +25,7 @@ from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
 from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.ort_artifacts import read_manifest
-from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBackend, load_artifacts
+from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBackend, load_artifacts, pieces
 from dpbitfit_fx.ort_plan import Plan, Schedule, plan_for
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.ort_run import OrtRun
@@ -219,11 +219,7 @@ class OrtTrainer:
 
     def biases(self) -> dict[str, Array]:
         """The trained parameters by their torch names."""
-        flat = self.flat()
-        return {
-            p["name"]: flat[p["offset"] : p["offset"] + p["numel"]].reshape(p["shape"]).copy()
-            for p in self.manifest["parameters"]
-        }
+        return {name: piece.copy() for name, piece in pieces(self.manifest["parameters"], self.flat(), "name").items()}
 
     def statement(self) -> PrivacyStatement:
         """Of a run that stops here."""

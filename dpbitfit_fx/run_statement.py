@@ -16,7 +16,16 @@ from dpbitfit_fx.phases import PhaseRecord, StepLedger
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.sampling import PoissonSampler
 
-__all__ = ["abandon", "abandoned_name", "comparable", "ledger_of", "make_statement", "statement_of_unfinished"]
+__all__ = [
+    "abandon",
+    "abandoned_name",
+    "comparable",
+    "go_on_as",
+    "ledger_of",
+    "make_statement",
+    "statement_of_stopped",
+    "statement_of_unfinished",
+]
 
 
 def comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,11 +48,27 @@ def ledger_of(mechanism: Mapping[str, Any], charged: Sequence[int] | None = None
 def statement_of_unfinished(store: CheckpointStore) -> PrivacyStatement:
     """What an unfinished run has spent, steps that may have been released since its checkpoint included."""
     step, charged, mechanism, since = store.spent()
+    return statement_of_stopped(mechanism, charged, step, since)
+
+
+def statement_of_stopped(
+    mechanism: Mapping[str, Any], charged: Sequence[int], step: int, since: int | None
+) -> PrivacyStatement:
+    """Of a run that stops after `step` steps: the `since` ones that may have been released beyond them count as lost.
+
+    since: None where nobody knows how far the run went: then as far as it could.
+    """
     ledger = ledger_of(mechanism, charged)
     taken = ledger.taken(step)
-    # Without its journal nobody knows how far the run went: then as far as it could.
     ledger.charge(step, ledger.total - step if since is None else since)
     return make_statement(mechanism, ledger, step, taken)
+
+
+def go_on_as(mechanism: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """The statement goes on naming the run that began; noise from a known seed stays insecure for ever."""
+    statement, theirs = mechanism["statement"], saved["statement"]
+    statement["run_id"] = theirs["run_id"]
+    statement["insecure"] = statement["insecure"] or theirs["insecure"]
 
 
 def make_statement(

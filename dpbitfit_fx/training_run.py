@@ -19,7 +19,7 @@ from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
 from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 from dpbitfit_fx.randomness import SecretKey
-from dpbitfit_fx.run_statement import comparable, ledger_of, make_statement
+from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, make_statement, statement_of_stopped
 from dpbitfit_fx.sampling import PoissonSampler
 
 __all__ = ["Stage", "TrainingRun", "frozen_digest"]
@@ -174,10 +174,8 @@ class TrainingRun:
 
     def statement_so_far(self) -> PrivacyStatement:
         """Of a run that stops here: a step under way, which may be in the parameters already, counts as lost."""
-        ledger = ledger_of(self.mechanism, self.ledger.charged)
-        taken = ledger.taken(self.step)
-        ledger.charge(self.step, max(0, self.begun - self.step, *(number + 1 - self.step for number in self.pending)))
-        return make_statement(self.mechanism, ledger, self.step, taken)
+        since = max(0, self.begun - self.step, *(number + 1 - self.step for number in self.pending))
+        return statement_of_stopped(self.mechanism, self.ledger.charged, self.step, since)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -228,10 +226,7 @@ class TrainingRun:
                 "that run's model and trainable= to continue it, or pass resume=False, overwrite=True to give it up: "
                 "what it has spent is then kept in the folder and counted in this run."
             )
-        # The statement goes on naming the run that began; noise from a known seed stays insecure for ever.
-        statement, saved = self.mechanism["statement"], state.mechanism["statement"]
-        statement["run_id"] = saved["run_id"]
-        statement["insecure"] = statement["insecure"] or saved["insecure"]
+        go_on_as(self.mechanism, state.mechanism)
         same = state.fingerprint == self.fingerprint
         with torch.no_grad():
             for name, parameter in self.trainables.items():

@@ -87,13 +87,20 @@ def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple
             inputs.append(Input(made[weight].name, Role.FROZEN, target))
         with graph.inserting_before(node):
             if dtype is not torch.float32:
-                new = _rounded(graph, node, x, made[weight], added, rounded, dtype)
+                if x not in rounded:
+                    rounded[x] = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+                    rounded[x].meta.update(x.meta)
+                product = graph.call_function(LINEAR, (rounded[x], made[weight], None, "none", [], ""))
+                new = graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float32})
+                product.meta.update(node.meta)
+                if added is not None:
+                    new.meta.update(node.meta)
+                    new = graph.call_function(aten.add.Tensor, (new, added))
             elif added is not None and shape == node.meta["shape"]:
                 new = graph.call_function(LINEAR_ADD, (x, added, made[weight], None, "add"))
             else:
                 new = graph.call_function(LINEAR, (x, made[weight], added, "none", [], ""))
-        for key, value in node.meta.items():
-            new.meta.setdefault(key, value)
+        new.meta.update(node.meta)
         node.replace_all_uses_with(new)
     if not packs:
         return joint, ()
@@ -107,27 +114,6 @@ def pack(item: Pack, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         (weight,) = item.module(*(state[name].detach() for name in item.sources))
         return pack_linear_weight(weight.t().contiguous().to(item.dtype))
-
-
-def _rounded(
-    graph: fx.Graph,
-    node: fx.Node,
-    x: fx.Node,
-    weight: fx.Node,
-    added: fx.Node | None,
-    rounded: dict[fx.Node, fx.Node],
-    dtype: torch.dtype,
-) -> fx.Node:
-    """``float32(linear(dtype(x), weight)) + added`` before ``node``; ``rounded`` remembers the inputs cast so far."""
-    if x not in rounded:
-        with graph.inserting_after(x):
-            rounded[x] = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
-        rounded[x].meta.update(x.meta)
-    product = graph.call_function(LINEAR, (rounded[x], weight, None, "none", [], ""))
-    product.meta.update(node.meta)
-    new = graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float32})
-    new.meta.update(node.meta)
-    return new if added is None else graph.call_function(aten.add.Tensor, (new, added))
 
 
 def _worth(joint: JointGraph, sources: set[fx.Node], node: fx.Node) -> bool:

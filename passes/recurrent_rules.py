@@ -88,34 +88,10 @@ def _run(
     return (x.transpose(0, 1) if batch_first else x, *last)
 
 
-def _check_dropout(layers: int, dropout: float, train: bool, noises: Sequence[Tensor]) -> None:
-    if train and dropout and layers - 1 != len(noises):
-        raise CompileRefused(
-            f"A recurrent net of {layers} layers is in train mode with dropout {dropout}, and its random numbers are not "
-            "inputs of the graph. Call its .eval(), or compile with dropout=True."
-        )
-
-
-def _lstm(
-    x: Tensor,
-    hx: Any,
-    params: Any,
-    biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    both: bool,
-    first: bool,
-    noises: Sequence[Tensor] = (),
-) -> Any:
-    _check_dropout(layers, dropout, train, noises)
-    return _run(_lstm_cell, x, tuple(hx), params, biases, layers, both, first, noises)
-
-
-def _single(cell: Any) -> Callable[..., Any]:
+def _rule(cell: Any) -> Callable[..., Any]:
     def rule(
         x: Tensor,
-        hx: Tensor,
+        hx: Any,
         params: Any,
         biases: bool,
         layers: int,
@@ -125,8 +101,13 @@ def _single(cell: Any) -> Callable[..., Any]:
         first: bool,
         noises: Sequence[Tensor] = (),
     ) -> Any:
-        _check_dropout(layers, dropout, train, noises)
-        return _run(cell, x, (hx,), params, biases, layers, both, first, noises)
+        if train and dropout and layers - 1 != len(noises):
+            raise CompileRefused(
+                f"A recurrent net of {layers} layers is in train mode with dropout {dropout}, and its random numbers are not "
+                "inputs of the graph. Call its .eval(), or compile with dropout=True."
+            )
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        return _run(cell, x, state, params, biases, layers, both, first, noises)
 
     return rule
 
@@ -148,8 +129,8 @@ CELLS: dict[Any, Callable[..., Any]] = {
     aten.rnn_relu_cell.default: _cell(_simple_cell(torch.relu)),
 }
 RULES: dict[Any, Callable[..., Any]] = {
-    aten.lstm.input: _lstm,
-    aten.gru.input: _single(_gru_cell),
-    aten.rnn_tanh.input: _single(_simple_cell(torch.tanh)),
-    aten.rnn_relu.input: _single(_simple_cell(torch.relu)),
+    aten.lstm.input: _rule(_lstm_cell),
+    aten.gru.input: _rule(_gru_cell),
+    aten.rnn_tanh.input: _rule(_simple_cell(torch.tanh)),
+    aten.rnn_relu.input: _rule(_simple_cell(torch.relu)),
 }

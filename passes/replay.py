@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import CompileRefused
 from .joint_graph import Draw
 from .random_draws import uniform_as
-from .torch_private import TorchDispatchMode, draws_numbers
+from .torch_private import TorchDispatchMode, draws_numbers, named_arguments
 
 aten = torch.ops.aten
 
@@ -43,9 +43,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         if not draws_numbers(func, args, kwargs):
             return func(*args, **kwargs)
-        given = {a.name: a.default_value for a in func._schema.arguments}
-        given.update({a.name: x for a, x in zip(func._schema.arguments, args, strict=False)})
-        given.update(kwargs)
+        given = named_arguments(func, args, kwargs)
         if func in (aten.bernoulli_.float, aten.bernoulli.p):
             x = given["self"]
             keep = self.next(x.shape, given["p"], x.device).to(x.dtype)

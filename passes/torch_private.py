@@ -162,10 +162,14 @@ def attention_kernel(
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ATen node by name, in schema order, defaults filled in."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema.arguments}
-    given.update({a.name: x for a, x in zip(schema.arguments, node.args, strict=False)})
-    given.update(node.kwargs)
+    return named_arguments(node.target, node.args, node.kwargs)
+
+
+def named_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Of a call, as :func:`arguments`."""
+    given = {a.name: a.default_value for a in target._schema.arguments}
+    given.update({a.name: x for a, x in zip(target._schema.arguments, args, strict=False)})
+    given.update(kwargs)
     return given
 
 

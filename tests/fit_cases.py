@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpbitfit_fx.fit import FitResult, fit
 from dpbitfit_fx.phases import Phase
+from dpbitfit_fx.progress import StepInfo
 
 RECORDS = 120
 STEPS = 12
@@ -116,6 +117,18 @@ def run_phases(folder: Path | str | None, **changes: Any) -> FitResult:
 def biases(model: nn.Module) -> Tensor:
     """Every bias, flat."""
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if name.endswith("bias")])
+
+
+class Crash(Exception):
+    """What a callback of ``crash_at`` raises."""
+
+
+def crash_at(step: int) -> Callable[[StepInfo], None]:
+    def callback(info: StepInfo) -> None:
+        if info.step == step:
+            raise Crash
+
+    return callback
 
 
 def kill_self() -> None:

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import D
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -17,33 +19,21 @@ from dpbitfit_fx.passes.one_sample import OneSample
 from dpbitfit_fx.passes.sample_rules import DECOMPOSED
 
 aten = torch.ops.aten
-B, D = 3, torch.float64
+B = 3
 Fn = Callable[..., Any]
 
 
-class Draw:
-    """Sizes, numbers and layouts of one example, all from one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def whole(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+class Draw(draws.Draw):
+    """One example of ``B`` samples."""
 
     def sizes(self, count: int, low: int, high: int) -> list[int]:
         return [self.whole(low, high) for _ in range(count)]
 
-    def floats(self, *shape: int) -> Tensor:
-        """``[B, *shape]``: dense, of reversed strides, or every second entry of a larger tensor."""
-        shape, kind = (B, *shape), self.whole(0, 2)
-        if kind == 0:
-            return torch.randn(shape, generator=self.generator, dtype=D)
-        if kind == 1:
-            return torch.randn(shape[::-1], generator=self.generator, dtype=D).permute(*range(len(shape))[::-1])
-        return torch.randn(*shape[:-1], 2 * shape[-1], generator=self.generator, dtype=D)[..., ::2]
+    def rows(self, *shape: int) -> Tensor:
+        return self.floats(B, *shape)
 
-    def ints(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, (B, *shape), generator=self.generator)
+    def classes(self, count: int, *shape: int) -> Tensor:
+        return self.ints(0, count - 1, B, *shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Case:
 
 def resized(dims: int) -> Callable[[Draw], tuple[list[Tensor], list[Any]]]:
     def draw(d: Draw) -> tuple[list[Tensor], list[Any]]:
-        x = d.floats(d.whole(1, 3), *d.sizes(dims, 2, 5))
+        x = d.rows(d.whole(1, 3), *d.sizes(dims, 2, 5))
         if d.whole(0, 1):
             return [x], [None, [d.whole(2, 9) / 4 for _ in range(dims)]]
         return [x], [d.sizes(dims, 1, 9), None]
@@ -69,7 +59,7 @@ def resized(dims: int) -> Callable[[Draw], tuple[list[Tensor], list[Any]]]:
 
 def affine(d: Draw) -> tuple[list[Tensor], list[Any]]:
     dims = d.whole(2, 3)
-    return [d.floats(dims, dims + 1)], [[1, 2, *d.sizes(dims, 2, 4)], bool(d.whole(0, 1))]
+    return [d.rows(dims, dims + 1)], [[1, 2, *d.sizes(dims, 2, 4)], bool(d.whole(0, 1))]
 
 
 def pooled(dims: int) -> Callable[[Draw], tuple[list[Tensor], list[Any]]]:
@@ -78,22 +68,22 @@ def pooled(dims: int) -> Callable[[Draw], tuple[list[Tensor], list[Any]]]:
     def draw(d: Draw) -> tuple[list[Tensor], list[Any]]:
         channels, cells = d.whole(1, 2), d.sizes(dims, 1, 3)
         full = [2 * c for c in cells]
-        _, places = pool(d.floats(channels, *full), 2, return_indices=True)
+        _, places = pool(d.rows(channels, *full), 2, return_indices=True)
         rest = [full] if dims == 2 else [full, [2] * dims, [0] * dims]
-        return [d.floats(channels, *cells), places], rest
+        return [d.rows(channels, *cells), places], rest
 
     return draw
 
 
 def signed(d: Draw) -> tuple[list[Tensor], list[Any]]:
     shape = d.sizes(d.whole(1, 2), 1, 4)
-    return [d.floats(*shape), 1.0 - 2 * d.ints(2, *shape).to(D)], [d.whole(0, 2)]
+    return [d.rows(*shape), 1.0 - 2 * d.classes(2, *shape).to(D)], [d.whole(0, 2)]
 
 
 def classes(d: Draw) -> tuple[list[Tensor], list[Any]]:
     count = d.whole(2, 5)
     weight = torch.rand(count, generator=d.generator, dtype=D) if d.whole(0, 1) else None
-    return [d.floats(count), d.ints(count)], [d.whole(1, 2), 0.5 + d.whole(0, 1), weight, d.whole(0, 2)]
+    return [d.rows(count), d.classes(count)], [d.whole(1, 2), 0.5 + d.whole(0, 1), weight, d.whole(0, 2)]
 
 
 def moved(original: Fn) -> Fn:

@@ -13,7 +13,7 @@ import dp_accounting  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped, unused-ignore]
-from fit_cases import PHASES, RECORDS, mlp, mlp_loss, momentum, points, run, run_phases
+from fit_cases import PHASES, RECORDS, Crash, crash_at, mlp, mlp_loss, momentum, points, run, run_phases
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -43,17 +43,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Crash(Exception):
-    pass
-
-
 def crashed(folder: Path, step: int, **changes: Any) -> None:
-    def crash(info: StepInfo) -> None:
-        if info.step == step:
-            raise Crash
-
     with pytest.raises(Crash):
-        run_phases(folder, callbacks=[crash], **changes)
+        run_phases(folder, callbacks=[crash_at(step)], **changes)
 
 
 @pytest.fixture(scope="module")

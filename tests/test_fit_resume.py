@@ -7,13 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fit_cases import RECORDS, STEPS, biases, mlp, points, run
+from fit_cases import RECORDS, STEPS, Crash, biases, crash_at, mlp, points, run
 from torch import Tensor
 
 import dpbitfit_fx
@@ -32,18 +31,6 @@ MOMENTS = (
     "in-optimizer",
     "results-written",
 )
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(step: int) -> Callable[[StepInfo], None]:
-    def callback(info: StepInfo) -> None:
-        if info.step == step:
-            raise Crash
-
-    return callback
 
 
 def crashed(folder: Path, step: int = 5, **changes: Any) -> None:

@@ -23,6 +23,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+from fit_cases import Crash, crash_at
 from onnx_cases import compiled, has_ort_training
 from ort_zygote import BATCH, DELTA, RECORDS, SIGMA, STEPS
 from typer.testing import CliRunner, Result
@@ -35,7 +36,7 @@ from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, Privac
 from dpbitfit_fx.files import sha256_file
 from dpbitfit_fx.ort_backends import PlainBackend
 from dpbitfit_fx.ort_export import export_ort_training
-from dpbitfit_fx.ort_runner import OrtTrainer, Schedule, StepInfo
+from dpbitfit_fx.ort_runner import OrtTrainer, Schedule
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -67,18 +68,6 @@ def plain(exports: Exports) -> Callable[..., OrtTrainer]:
         return OrtTrainer(**(usual | changes))
 
     return make
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(step: int) -> Callable[[StepInfo], None]:
-    def callback(info: StepInfo) -> None:
-        if info.step == step:
-            raise Crash
-
-    return callback
 
 
 def crashed(trainer: OrtTrainer, step: int = 5) -> None:
