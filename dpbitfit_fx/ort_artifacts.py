@@ -84,13 +84,13 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
     return manifest
 
 
-def attach(root: Path, manifest: dict[str, Any], name: str, text: str, **entries: Any) -> None:
+def attach(root: Path, manifest: dict[str, Any], name: str, content: str, /, **entries: Any) -> None:
     """Put the file `name` beside an export, and `entries` into its manifest.
 
     Raises:
         ArtifactError: the folder cannot be written; then its manifest is as it was.
     """
-    atomic_write_text(root / name, text)
+    atomic_write_text(root / name, content)
     manifest["files"][name] = sha256_file(root / name)
     manifest.update(entries)
     atomic_write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")

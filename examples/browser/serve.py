@@ -6,6 +6,7 @@ python examples/browser/serve.py EXPORT [--port 8000]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,10 +89,8 @@ def main() -> None:
     given = parser.parse_args()
     with server(given.export, given.port) as running:
         print(f"Open http://127.0.0.1:{running.server_port}/ in a browser on this machine. Ctrl-C ends.", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             running.serve_forever()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":
