@@ -101,7 +101,7 @@ def _affordable(one: Plan, target: float) -> int:
 
 def _table(plan: Plan) -> Mapping[str, Any]:
     sampler = plan.sampler
-    tracker = EpsilonTracker(sampler, plan.noise_multiplier, plan.target_delta, plan.prior)
+    tracker = EpsilonTracker(sampler, plan.noise_multiplier, plan.target_delta, plan.prior, points=50)
     exact = tracker.exact(sampler.steps)
     # Coarser grids in between may come out a hair above the exact end.
     by_step = [min(tracker.at(step), exact) for step in range(sampler.steps)] + [exact]

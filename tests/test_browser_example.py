@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +44,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples("browser", folder)
     text_export(folder / "texts", RECORDS, STEPS)
     write_texts(folder / "texts.csv", RECORDS)
-    sys.path.insert(0, str(folder / "examples" / "browser"))
     return folder
 
 
 class Site:
-    """An export served as examples/browser/run serves it; `address` is the page."""
+    """An export as the documented command serves it; `address` is the page."""
 
-    def __init__(self, export: Path) -> None:
-        import serve  # type: ignore[import-not-found]
-
-        self.server: HTTPServer = serve.server(export, 0)
-        self.address = f"http://127.0.0.1:{self.server.server_port}/"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def __init__(self, place: Path, export: Path) -> None:
+        command = [str(place / "examples" / "browser" / "run"), str(export), "--port", "0"]
+        environment = os.environ | {"PYTHON": sys.executable}
+        self.process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/", said)
+        assert found is not None, said
+        self.address = found[0]
 
     def __enter__(self) -> Site:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
 def site(place: Path) -> Iterator[Site]:
-    with Site(place / "texts") as running:
+    with Site(place, place / "texts") as running:
         yield running
 
 
@@ -178,7 +181,7 @@ def test_weights_that_were_changed_never_train(place: Path, page: Page, tmp_path
     data = bytearray((tmp_path / "changed" / "grad_step.onnx.data").read_bytes())
     data[100] ^= 1
     (tmp_path / "changed" / "grad_step.onnx.data").write_bytes(data)
-    with Site(tmp_path / "changed") as changed:
+    with Site(place, tmp_path / "changed") as changed:
         opened(page, changed.address)
         assert "grad_step.onnx.data was changed after the export" in page.text("problem")
         assert page.evaluate("document.body.dataset.state") == "failed"

@@ -43,7 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dpb.export_onnx(step, folder / "mlp")
     attach_budget(folder / "mlp", dataset_size=ROWS, target_epsilon=8, target_delta=DELTA, steps=5)
     write_table(folder / "mlp.csv", data)
-    np.savez(folder / "mlp.npz", **{name: value.numpy() for name, value in data.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in data.items()}
+    np.savez(folder / "mlp.npz", **arrays)
     return folder
 
 

@@ -141,7 +141,7 @@ function offer({ manifest, budget }, training) {
   link("privacy", JSON.stringify(statement, null, 2) + "\n", "application/json");
   $("result").textContent = training.insecure
     ? "The noise came from a known seed: there is no privacy at all."
-    : `${manifest.num_trainable} numbers, private with epsilon = ${formatEpsilon(training.epsilon)} at delta = ` +
+    : `${manifest.num_trainable.toLocaleString("en")} numbers, private with epsilon = ${formatEpsilon(training.epsilon)} at delta = ` +
       `${budget.target_delta}, after ${training.done} steps.`;
 }
 
