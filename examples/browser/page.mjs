@@ -56,8 +56,13 @@ async function cutConnections() {
   policy.httpEquiv = "Content-Security-Policy";
   policy.content = "default-src 'none'";
   document.head.append(policy);
-  const refused = await fetch("/export/manifest.json").then(() => false, () => true);
-  if (!refused) throw new ExportError("This browser does not let the page cut its connections. Use a current browser.");
+  const refused = new Promise((resolve) => {
+    const told = (event) => resolve(event.effectiveDirective === "connect-src" && event.disposition === "enforce");
+    document.addEventListener("securitypolicyviolation", told, { once: true });
+    setTimeout(resolve, 5000, false);
+  });
+  fetch("/export/manifest.json").catch(() => {}); // a try, that the browser has to refuse
+  if (!(await refused)) throw new ExportError("This browser does not let the page cut its connections. Use a current browser.");
   $("check-closed").className = "ok";
 }
 
