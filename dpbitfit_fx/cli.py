@@ -15,7 +15,7 @@ from dpbitfit_fx.console import busy as _busy
 from dpbitfit_fx.console import console as _console
 from dpbitfit_fx.console import names as _names
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError, PrivacyError
-from dpbitfit_fx.ort_cli import ort_train
+from dpbitfit_fx.ort_cli import ort_budget, ort_train
 
 if TYPE_CHECKING:
     from dpbitfit_fx.data import TokenizedText
@@ -274,6 +274,7 @@ def export(
 
 
 app.command("ort-train")(ort_train)
+app.command("ort-budget")(ort_budget)
 
 
 def _vocabulary(network: Any) -> int:

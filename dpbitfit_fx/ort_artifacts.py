@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dpbitfit_fx.errors import ArtifactError
-from dpbitfit_fx.files import read_text, sha256_file
+from dpbitfit_fx.files import atomic_write_text, read_text, sha256_file
 from dpbitfit_fx.passes.clipping import KINDS
 
-__all__ = ["FORMAT", "clipping_of", "read_manifest", "training_api"]
+__all__ = ["FORMAT", "attach", "clipping_of", "read_manifest", "training_api"]
 
 FORMAT: Final = "dpbitfit_fx.onnx.v1"
 
@@ -82,6 +82,18 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
                     "and checked. Export again."
                 )
     return manifest
+
+
+def attach(root: Path, manifest: dict[str, Any], name: str, content: str, /, **entries: Any) -> None:
+    """Put the file `name` beside an export, and `entries` into its manifest.
+
+    Raises:
+        ArtifactError: the folder cannot be written; then its manifest is as it was.
+    """
+    atomic_write_text(root / name, content)
+    manifest["files"][name] = sha256_file(root / name)
+    manifest.update(entries)
+    atomic_write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:

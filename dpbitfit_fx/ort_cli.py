@@ -21,7 +21,39 @@ from dpbitfit_fx.console import (
 )
 from dpbitfit_fx.errors import DataError
 
-__all__ = ["ort_train"]
+__all__ = ["ort_budget", "ort_train"]
+
+
+def ort_budget(
+    artifacts: Annotated[Path, typer.Argument(help="Folder of an export (`dpbitfit export --format onnx`).")],
+    dataset_size: Annotated[int, typer.Option(help="The public number of records to plan for.")],
+    target_epsilon: Annotated[float, typer.Option(help="Never exceeded, earlier runs included.")],
+    target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default: the export's plan.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Logical steps; default: as many as stay within the target.")
+    ] = None,
+    prior: PriorFiles = None,
+    tuning_covered: TuningCovered = False,
+) -> None:
+    """Write budget.json beside an export: epsilon after every step, for trainers in other languages."""
+    from dpbitfit_fx.accounting import format_epsilon
+    from dpbitfit_fx.ort_budget import attach_budget
+
+    with busy("matching the seal, and accounting"):
+        made = attach_budget(
+            artifacts,
+            dataset_size=dataset_size,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            steps=steps,
+            prior=list(prior or ()),
+            tuning_covered=tuning_covered,
+        )
+    console().print(
+        f"{escape(str(artifacts / 'budget.json'))}: {made['steps']} steps, each record drawn with probability "
+        f"{made['sample_rate']:.4g} at each, spend epsilon = {format_epsilon(made['epsilon_by_step'][-1])} at delta = "
+        f"{made['target_delta']:g}."
+    )
 
 
 def ort_train(

@@ -7,7 +7,7 @@ for here as `fit` does: a plan that exceeds it is refused, with the number of st
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from dpbitfit_fx.ort_artifacts import clipping_of
 from dpbitfit_fx.privacy_statement import new_run_id
 from dpbitfit_fx.sampling import PoissonSampler
 
-__all__ = ["SCHEDULES", "Plan", "Schedule", "plan_for"]
+__all__ = ["SCHEDULES", "Plan", "Schedule", "most_steps", "plan_for"]
 
 SCHEDULES: Final = ("constant", "linear")
 
@@ -181,6 +181,15 @@ def plan_for(
     return plan
 
 
+def most_steps(spent: Callable[[int], float], target: float, beyond: int) -> int:
+    """The largest number of steps, 0 or more, whose epsilon `spent` is within `target`; that of `beyond` steps is not."""
+    fits = 0
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if spent(middle) <= target else (fits, middle)
+    return fits
+
+
 def _check_budget(plan: Plan) -> None:
     """Also without a target: it tells whether the noise suffices for a finite epsilon."""
 
@@ -191,10 +200,7 @@ def _check_budget(plan: Plan) -> None:
     whole = spent(planned)
     if target is None or whole <= target:
         return
-    fits, beyond = 0, planned
-    while beyond - fits > 1:
-        middle = (fits + beyond) // 2
-        fits, beyond = (middle, beyond) if spent(middle) <= target else (fits, middle)
+    fits = most_steps(spent, target, planned)
     possible = f"At most {fits} steps stay within it" if fits else "Not even one step stays within it"
     earlier = f" together with {len(plan.prior)} earlier run(s)" if plan.prior else ""
     raise PrivacyError(

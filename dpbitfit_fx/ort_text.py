@@ -6,7 +6,6 @@ class numbers that the model was trained with.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 
 from dpbitfit_fx.data import TextTable
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError
-from dpbitfit_fx.files import atomic_write_text, read_text, sha256_file
-from dpbitfit_fx.ort_artifacts import read_manifest
+from dpbitfit_fx.files import read_text
+from dpbitfit_fx.ort_artifacts import attach, read_manifest
 
 __all__ = ["TextInput", "attach_text", "labels_of"]
 
@@ -31,12 +30,8 @@ def attach_text(folder: str | os.PathLike[str], tokenizer: str, labels: Sequence
     Raises:
         ArtifactError: the folder is no export or cannot be written; then its manifest is as it was.
     """
-    root = Path(folder)
-    manifest = read_manifest(root)
-    atomic_write_text(root / TOKENIZER, tokenizer)
-    manifest["files"][TOKENIZER] = sha256_file(root / TOKENIZER)
-    manifest["text"] = {"tokenizer": TOKENIZER, "labels": list(labels), "pad_id": int(pad_id)}
-    atomic_write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    text = {"tokenizer": TOKENIZER, "labels": list(labels), "pad_id": int(pad_id)}
+    attach(Path(folder), read_manifest(folder), TOKENIZER, tokenizer, text=text)
 
 
 def labels_of(manifest: Mapping[str, Any], declared: Sequence[str] | None) -> list[str] | None:
