@@ -142,7 +142,7 @@ def _recover(target: Path) -> None:
     earlier = set_aside(target)
     if earlier and not target.exists():
         os.replace(earlier.pop(), target)
-    for folder in earlier:
+    for folder in [*earlier, *set_aside(target, whole=False)]:
         shutil.rmtree(folder, ignore_errors=True)
     if not target.parent.is_dir():
         return

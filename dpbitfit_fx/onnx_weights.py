@@ -55,7 +55,7 @@ def save_models(models: Mapping[str, ir.Model], folder: Path, previous: Path | N
     import onnx_ir as ir
 
     places: dict[bytes, Place] = {}
-    known: dict[tuple[int, int], bytes] = {}
+    known: dict[tuple[int, int], tuple[bytes, Any]] = {}
     for model in models.values():
         for value in model.graph.initializers.values():
             tensor = value.const_value
@@ -86,16 +86,15 @@ def _bytes(tensor: Any) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
-def _digest(tensor: Any, known: dict[tuple[int, int], bytes]) -> bytes:
+def _digest(tensor: Any, known: dict[tuple[int, int], tuple[bytes, Any]]) -> bytes:
+    """SHA-256 of the tensor's bytes. Two graphs name the same storage: hashed once."""
     data = _bytes(tensor)
-    # Two graphs name the same storage: hashed once. A copy's address may be that of another copy later.
-    key = (data.ctypes.data, data.nbytes) if np.shares_memory(data, tensor.numpy()) else None
-    if key is not None and key in known:
-        return known[key]
-    digest = hashlib.sha256(data.data).digest()
-    if key is not None:
-        known[key] = digest
-    return digest
+    if not np.shares_memory(data, tensor.numpy()):
+        return hashlib.sha256(data.data).digest()  # a copy, whose address will be that of another one
+    key = (data.ctypes.data, data.nbytes)
+    if key not in known:
+        known[key] = hashlib.sha256(data.data).digest(), tensor  # held, so that its address stays its own
+    return known[key][0]
 
 
 def _kept(previous: Path | None, folder: Path, places: Iterable[Place]) -> bool:

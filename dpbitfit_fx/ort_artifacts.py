@@ -56,12 +56,13 @@ def training_api() -> Any:
             sys.modules.pop(name, None)
 
 
-def set_aside(folder: Path) -> list[Path]:
-    """Earlier exports that killed ones had moved out of the way of ``folder``, the newest last."""
+def set_aside(folder: Path, whole: bool = True) -> list[Path]:
+    """Earlier exports that killed ones had moved out of the way of ``folder``, the newest last; with ``whole`` off, those of
+    which a part has been removed since."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.old")
     beside = folder.parent.iterdir() if folder.parent.is_dir() else iter(())
-    found = [f for f in beside if name.fullmatch(f.name) and (f / MANIFEST).is_file()]
-    return sorted(found, key=lambda f: (f / MANIFEST).stat().st_mtime)
+    found = [f for f in beside if name.fullmatch(f.name) and (f / MANIFEST).is_file() == whole]
+    return sorted(found, key=lambda f: (f / MANIFEST if whole else f).stat().st_mtime)
 
 
 def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[str, Any]:
