@@ -47,6 +47,19 @@ def _fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    if path.is_dir():
+        _fsync_folder(path)
+        return
+    # Windows refuses to sync a descriptor that was opened for reading; elsewhere the file may be one to read only.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -72,12 +85,7 @@ def atomic_replace(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         yield temporary
-        # Windows refuses to sync a descriptor that was opened for reading.
-        descriptor = os.open(temporary, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise ArtifactError(

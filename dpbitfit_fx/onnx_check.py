@@ -187,12 +187,11 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
 
 def contributions(step: Any, probes: Probes, leaves: Sequence[torch.Tensor], mask: torch.Tensor) -> float:
     """Σ ‖clipped gradient‖ of the unmasked rows: what a sum's rounding is relative to, also where the rows cancel."""
-    batch, total = probes.tree(leaves), 0.0
+    total, one = 0.0, torch.ones(1)
     for row in torch.nonzero(mask).ravel().tolist():
-        one = torch.zeros_like(mask)
-        one[row] = 1
+        alone = probes.tree([x[row : row + 1] for x in leaves])  # its contribution depends on no other row
         with torch.no_grad():
-            total += float(step.accumulate(batch, one, step.zero_accumulator()).norm())
+            total += float(step.accumulate(alone, one, step.zero_accumulator()).norm())
     return total
 
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
+import itertools
 import logging
 import math
 import os
 import re
-import secrets
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,11 +29,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fingerprint, model_fingerprint
-from dpbitfit_fx.errors import ArtifactError, ExportError
-from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
+from dpbitfit_fx.errors import ExportError
+from dpbitfit_fx.export_folder import write_folder
 from dpbitfit_fx.onnx_lowering import Lowered
 from dpbitfit_fx.onnx_rows import pin_rows
-from dpbitfit_fx.onnx_seal import check_artifacts
+from dpbitfit_fx.onnx_weights import read_transposed, save_models
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import DynamicLength, JointGraph, Role
 from dpbitfit_fx.passes.lengths import resized
@@ -357,26 +355,36 @@ def rename(model: ir.Model, names: Mapping[ir.Value, str]) -> None:
     """Give values their public names; whatever else had one of these names makes way."""
     wanted = set(names.values())
     graph = model.graph
+    taken = wanted | {str(v.name) for n in graph.all_nodes() for v in n.outputs} | {str(v.name) for v in graph.inputs}
+    taken |= set(graph.initializers)
     others = [v for n in graph.all_nodes() for v in n.outputs] + list(graph.inputs) + list(graph.initializers.values())
     for value in others:
         if value not in names and value.name in wanted:
-            value.name = f"inner_{value.name}_{secrets.token_hex(3)}"
+            value.name = _unused(f"inner_{value.name}", taken)
     for i, value in enumerate(names):
         value.name = f"dpbitfit_temporary_{i}"
     for value, name in names.items():
         value.name = name
 
 
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, or the first numbered one that nobody has; the same in every export. Adds it to ``taken``."""
+    found = next(n for i in itertools.count() if (n := f"{name}_{i}") not in taken)
+    taken.add(found)
+    return found
+
+
 def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Turn the named inputs into initializers that hold ``tensors``. They were inputs so far: nothing folded them."""
-    import onnx_ir as ir
+    """Turn the named inputs into initializers that hold ``tensors``, not copied. They were inputs so far: nothing folded
+    them."""
+    from onnx_ir import tensor_adapters
 
     for value in list(model.graph.inputs):
         if str(value.name) in tensors:
             model.graph.inputs.remove(value)
             if value.uses():
-                array = tensors[str(value.name)].detach().contiguous().cpu().numpy()
-                value.const_value = ir.tensor(array, name=value.name)
+                tensor = tensors[str(value.name)].detach().cpu()
+                value.const_value = tensor_adapters.TorchTensor(tensor, name=value.name)
                 model.graph.register_initializer(value)
 
 
@@ -436,6 +444,7 @@ def export_core(step: Any, layout: Layout) -> Core:
     what = "The private gradient step"
     model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, joint.length, padded)
     freeze(model, frozen)
+    read_transposed(model)
     pin_rows(model, [p.numel for p in layout.parameters], constant)
     return Core(model, layout)
 
@@ -555,18 +564,6 @@ def plain_gradient_model(core: Core) -> ir.Model:
     return model
 
 
-def save_model(model: ir.Model, folder: Path, name: str, *, external: bool = True) -> list[str]:
-    """Write a model, its large tensors in ``<name>.data``; returns the names of the files written."""
-    import onnx_ir as ir
-
-    data = f"{name}.data" if external else None
-    ir.save(model, folder / name, external_data=data, size_threshold_bytes=4096)
-    files = [name]
-    if data is not None and (folder / data).exists():
-        files.append(data)
-    return files
-
-
 def manifest_of(
     step: Any, layout: Layout, optimizer: Optimizer, target: str, plan: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -610,52 +607,6 @@ def _public_fields(value: Any) -> dict[str, Any]:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else {}
 
 
-def write_folder(
-    path: str | os.PathLike[str],
-    overwrite: bool,
-    build: Callable[[Path], dict[str, Any]],
-    check: Callable[[Path], None],
-) -> Path:
-    """Build in a folder beside ``path``, check there, then move into place: a failed export leaves what was there.
-
-    Raises:
-        ArtifactError: the folder exists and ``overwrite`` is off or it is not an export, or the disk refuses.
-    """
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if not overwrite:
-            raise ArtifactError(
-                f"{os.fspath(path)!r} exists and is not an empty folder. Choose another path, or pass overwrite=True."
-            )
-        if not (target / "manifest.json").is_file():
-            raise ArtifactError(
-                f"{os.fspath(path)!r} is not an earlier export (it has no manifest.json), so it will not be "
-                "overwritten."
-            )
-    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir()
-        manifest = build(work)
-        manifest["files"] = {f.name: sha256_file(f) for f in sorted(work.iterdir())}
-        text = json.dumps(manifest, indent=1) + "\n"
-        atomic_write_text(work / "manifest.json", text)
-        check_artifacts(work, json.loads(text))
-        check(work)
-        if target.exists():
-            old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-            os.replace(target, old)
-            os.replace(work, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(work, target)
-    except OSError as error:
-        raise ArtifactError(describe_os_error(error, target) + " What was there before is unchanged.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
 def plan_metadata(
     sample_rate: float | None, dataset_size: int | None, steps: int | None, target_delta: float | None
 ) -> dict[str, Any]:
@@ -685,8 +636,8 @@ def export_onnx(
     overwrite: bool = False,
     tolerance: float = 1e-5,
 ) -> Path:
-    """Write ``grad_step.onnx``, ``update_step.onnx``, ``initial.safetensors`` and ``manifest.json`` to the folder
-    ``path``.
+    """Write ``grad_step.onnx``, ``update_step.onnx``, ``weights.data`` (frozen, large), ``initial.safetensors`` and
+    ``manifest.json`` to the folder ``path``.
 
     Args:
         step: a ``PrivateStep`` with noise, or give ``noise_multiplier`` and ``expected_batch_size`` here.
@@ -713,9 +664,10 @@ def export_onnx(
     step = prepare(step, noise_multiplier, expected_batch_size)
     layout = layout_of(step)
 
-    def build(folder: Path) -> dict[str, Any]:
-        save_model(plain_gradient_model(export_core(step, layout)), folder, "grad_step.onnx")
-        save_model(export_update(step, chosen, layout), folder, "update_step.onnx", external=False)
+    def build(folder: Path, previous: Path | None) -> dict[str, Any]:
+        gradient = plain_gradient_model(export_core(step, layout))
+        models = {"grad_step.onnx": gradient, "update_step.onnx": export_update(step, chosen, layout)}
+        save_models(models, folder, previous)
         save_initial(step, layout, folder / "initial.safetensors")
         plan = plan_metadata(sample_rate, dataset_size, steps, target_delta)
         return manifest_of(step, layout, chosen, "onnx", plan, {})

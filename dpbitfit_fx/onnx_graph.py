@@ -159,6 +159,19 @@ class OnnxGraph:
             self.refuse(f"the constant {tensor.name!r} is read from {places}, which is no file of this export")
         if (self._folder / places[0]).is_symlink():
             self.refuse(f"{places[0]!r}, which holds weights, is a link to somewhere else")
+        self._place(tensor, self._folder / places[0])
+
+    def _place(self, tensor: Any, file: Path) -> None:
+        """The bytes that a weight names are there, and are as many as its shape needs."""
+        entries = {e.key: e.value for e in tensor.external_data}
+        try:
+            offset, length = int(entries.get("offset", 0)), int(entries["length"])
+            size = self.onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+            fits = offset >= 0 and length == size and offset + length <= file.stat().st_size
+        except (KeyError, ValueError, OSError):
+            fits = False
+        if not fits:
+            self.refuse(f"the constant {tensor.name!r} is read from a place that {file.name!r} does not have")
 
     def _node(self, node: Any, custom: Collection[str], sequences: bool) -> None:
         self._known(node)

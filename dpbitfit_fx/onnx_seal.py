@@ -28,6 +28,7 @@ import numpy as np
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.onnx_ghost_seal import LARGEST_FACTORS, LEAST_SHARE, Ghost, match_ghost_norm, match_ghost_sum, stacked
 from dpbitfit_fx.onnx_graph import LENGTH, MICROSOFT, OnnxGraph
+from dpbitfit_fx.ort_artifacts import WEIGHTS
 from dpbitfit_fx.passes.clipping import (
     KINDS,
     SMALLEST_SQUARED_NORM,
@@ -132,14 +133,15 @@ def check_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any])
         ArtifactError: a file or the manifest cannot be read, or onnx is not installed.
     """
     root, said = Path(folder), declared(manifest)
+    weights = said.files & {WEIGHTS}
     if said.target == "onnx":
-        check_grad_step(OnnxGraph(root / "grad_step.onnx", said.files), said)
+        check_grad_step(OnnxGraph(root / "grad_step.onnx", weights), said)
         check_update_step(OnnxGraph(root / "update_step.onnx"), said)
     elif said.target == "ort_training":
-        check_training_model(OnnxGraph(root / "training_model.onnx", said.files, ["InPlaceAccumulatorV2"]), said)
+        check_training_model(OnnxGraph(root / "training_model.onnx", weights, ["InPlaceAccumulatorV2"]), said)
         optimizers = ["AdamWOptimizer", "SGDOptimizerV2"]
         check_optimizer_model(OnnxGraph(root / "optimizer_model.onnx", (), optimizers, sequences=True), said)
-        check_eval_model(OnnxGraph(root / "eval_model.onnx", said.files), said)
+        check_eval_model(OnnxGraph(root / "eval_model.onnx", weights), said)
     else:
         raise ArtifactError(f"The manifest names the target {said.target!r}, which this version has no seal for.")
 

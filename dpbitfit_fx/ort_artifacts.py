@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.files import atomic_write_text, read_text, sha256_file
 from dpbitfit_fx.passes.clipping import KINDS
 
-__all__ = ["FORMAT", "attach", "clipping_of", "read_manifest", "training_api"]
+__all__ = ["FORMAT", "MANIFEST", "WEIGHTS", "attach", "clipping_of", "read_manifest", "set_aside", "training_api"]
 
 FORMAT: Final = "dpbitfit_fx.onnx.v1"
+MANIFEST: Final = "manifest.json"
+WEIGHTS: Final = "weights.data"  # the frozen weights of all graphs of an export
 
 
 def training_api() -> Any:
@@ -53,6 +56,15 @@ def training_api() -> Any:
             sys.modules.pop(name, None)
 
 
+def set_aside(folder: Path, whole: bool = True) -> list[Path]:
+    """Earlier exports that killed ones had moved out of the way of ``folder``, the newest last; with ``whole`` off, those of
+    which a part has been removed since."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.old")
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else iter(())
+    found = [f for f in beside if name.fullmatch(f.name) and (f / MANIFEST).is_file() == whole]
+    return sorted(found, key=lambda f: (f / MANIFEST if whole else f).stat().st_mtime)
+
+
 def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[str, Any]:
     """The manifest of an export; with ``verify``, every file's SHA-256 is checked first.
 
@@ -60,8 +72,13 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
         ArtifactError: not an export, or a file is missing or was changed after the export.
     """
     root = Path(folder)
+    if not root.exists() and set_aside(root):
+        raise ArtifactError(
+            f"An export into {os.fspath(folder)!r} was killed while it took the place of an earlier one, which is kept in "
+            f"{os.fspath(set_aside(root)[-1])!r}. Export again, or rename that folder back."
+        )
     try:
-        manifest = json.loads(read_text(root / "manifest.json"))
+        manifest = json.loads(read_text(root / MANIFEST))
     except ValueError:
         raise ArtifactError(f"{os.fspath(folder)!r} has a damaged manifest.json. Export again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -3,6 +3,7 @@
 ``training_model.onnx``   batch..., sample_mask[B], noise[D] -> (hidden) gradient buffers += clipped sum + R*sigma*noise
 ``optimizer_model.onnx``  AdamW or SGD on gradient buffers / expected batch size
 ``eval_model.onnx``       batch... -> what ``eval_output`` returns, or the masked mean loss (private data)
+``weights.data``          the large frozen weights, once, for both models
 ``checkpoint``            the trainables' values
 
 The noise is zero except on the last micro-batch of a logical batch: ONNX Runtime's optimizer models accept no extra
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from dpbitfit_fx.errors import ExportError
+from dpbitfit_fx.export_folder import write_folder
 from dpbitfit_fx.onnx_export import (
     EXPORT_ROWS,
     IR_VERSION,
@@ -33,18 +35,19 @@ from dpbitfit_fx.onnx_export import (
     example_rows,
     export_core,
     flat_parameters,
+    freeze,
     graph_input,
     layout_of,
     manifest_of,
     plan_metadata,
     prepare,
     resolve_optimizer,
+    safe_name,
     save_initial,
-    save_model,
     split_flat,
     to_onnx,
-    write_folder,
 )
+from dpbitfit_fx.onnx_weights import INLINE_LIMIT, read_transposed, save_models
 from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
@@ -198,6 +201,25 @@ class _Holder(torch.nn.Module):
         return self.fn(self.held, batch)
 
 
+class _WeightsAsInputs(torch.nn.Module):
+    """``module(*args[:-n])`` with its n large frozen weights given as the last inputs: what the exporter cannot fold."""
+
+    def __init__(self, module: EvalModule) -> None:
+        super().__init__()
+        self.module = module
+        trained = {f"model.{n}" for n in module.names}
+        self.weights = {
+            n: p.detach()
+            for n, p in module.named_parameters()
+            if n not in trained and p.numel() * p.element_size() > INLINE_LIMIT
+        }
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        count = len(args) - len(self.weights)
+        given = dict(zip(self.weights, args[count:], strict=True))
+        return torch.func.functional_call(self.module, given, args[:count], tie_weights=True)
+
+
 def _call(
     model: torch.nn.Module,
     fn: Callable[[Any, Any], Any],
@@ -226,8 +248,14 @@ def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]
     else:
         found = tree_flatten(result)[0]
         outputs = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
-    batched = [True] * (len(leaves) + len(mask)) + [False] * len(values)
-    model = to_onnx(module, args, names, batched, outputs, "The evaluation model (eval_output, or the loss)")
+    whole = _WeightsAsInputs(module)
+    taken = set(names)
+    frozen = {safe_name(n.removeprefix("model."), taken, "frozen"): w for n, w in whole.weights.items()}
+    batched = [True] * (len(leaves) + len(mask)) + [False] * (len(values) + len(frozen))
+    args, names = [*args, *frozen.values()], [*names, *frozen]
+    model = to_onnx(whole, args, names, batched, outputs, "The evaluation model (eval_output, or the loss)")
+    freeze(model, frozen)
+    read_transposed(model)
     return model, outputs
 
 
@@ -315,14 +343,13 @@ def export_ort_training(
     step = prepare(step, noise_multiplier, expected_batch_size)
     layout = layout_of(step)
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path, previous: Path | None) -> dict[str, Any]:
         import onnx
 
         model = training_model(export_core(step, layout), float(step.max_grad_norm) * float(step.noise_multiplier))
-        save_model(model, folder, "training_model.onnx")
         with step.biases_applied():
             evaluation, outputs = eval_model(step, layout, eval_output)
-        save_model(evaluation, folder, "eval_model.onnx")
+        save_models({"training_model.onnx": model, "eval_model.onnx": evaluation}, folder, previous)
         onnx.save(
             optimizer_model(chosen, len(layout.parameters), float(step.expected_batch_size)),
             folder / "optimizer_model.onnx",

@@ -18,9 +18,10 @@ ort = pytest.importorskip("onnxruntime")
 from torch.utils._pytree import tree_flatten, tree_unflatten  # noqa: E402
 
 from dpbitfit_fx.errors import ExportError  # noqa: E402
-from dpbitfit_fx.onnx_export import EXPORT_ROWS, save_model, to_onnx  # noqa: E402
+from dpbitfit_fx.onnx_export import EXPORT_ROWS, to_onnx  # noqa: E402
 from dpbitfit_fx.onnx_lowering import LOWERINGS, Lowered  # noqa: E402
 from dpbitfit_fx.onnx_operators import UNSUPPORTED  # noqa: E402
+from dpbitfit_fx.onnx_weights import save_models  # noqa: E402
 
 aten = torch.ops.aten
 Call = tuple[Any, list[Any], dict[str, Any]]
@@ -208,7 +209,7 @@ def test_in_one_exported_file_they_equal_torchs_kernels_at_another_batch_size(gr
     batched = [x.shape[0] == N for x in inputs]
     outputs = [f"y{i}" for i in range(len(want))]
     model = to_onnx(Several(parts), inputs, names, batched, outputs, "The operators")
-    save_model(model, tmp_path, "all.onnx")
+    save_models({"all.onnx": model}, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "all.onnx"), providers=["CPUExecutionProvider"])
     for rows in (1, 3, N):
         feed = {n: (x[:rows] if b else x).numpy() for n, x, b in zip(names, inputs, batched, strict=True)}

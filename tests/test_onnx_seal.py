@@ -28,6 +28,7 @@ from dpbitfit_fx.errors import ArtifactError, SealBroken  # noqa: E402
 from dpbitfit_fx.files import sha256_file  # noqa: E402
 from dpbitfit_fx.onnx_export import SGD, AdamW, export_onnx  # noqa: E402
 from dpbitfit_fx.onnx_seal import check_artifacts  # noqa: E402
+from dpbitfit_fx.ort_artifacts import WEIGHTS  # noqa: E402
 from dpbitfit_fx.ort_runner import OrtTrainingBackend, PlainBackend, load_artifacts, read_manifest  # noqa: E402
 
 TRAINING = hasattr(__import__("onnxruntime.capi._pybind_state", fromlist=["x"]), "save_checkpoint")
@@ -78,7 +79,8 @@ class File:
 def rewrite(folder: Path, **changes: Any) -> None:
     """The manifest, with every hash made right again."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {n: sha256_file(folder / n) for n in manifest["files"]}
+    there = {*manifest["files"], *({WEIGHTS} if (folder / WEIGHTS).exists() else ())}
+    manifest["files"] = {n: sha256_file(folder / n) for n in there}
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
@@ -240,9 +242,13 @@ def weight_from_elsewhere(f: File) -> None:
 
 def constant_from_elsewhere(f: File) -> None:
     tensor = next(t for t in f.graph.initializer if t.name == f.walk(out(f, *FACTOR), 1))
+    (f.path.parent / WEIGHTS).write_bytes(numpy_helper.to_array(tensor).tobytes())
+    length = (f.path.parent / WEIGHTS).stat().st_size
     tensor.ClearField("raw_data")
+    tensor.ClearField("float_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="initial.safetensors")
+    for key, value in {"location": WEIGHTS, "offset": 0, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def weight_as_input(f: File) -> None:

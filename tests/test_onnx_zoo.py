@@ -19,7 +19,8 @@ from zoo import compile_case
 from zoo_table import Row
 
 from dpbitfit_fx.errors import ExportError
-from dpbitfit_fx.onnx_export import export_core, export_onnx, layout_of, plain_gradient_model, save_model
+from dpbitfit_fx.onnx_export import export_core, export_onnx, layout_of, plain_gradient_model
+from dpbitfit_fx.onnx_weights import save_models
 
 # Small, and each with operators that no other has.
 DIVERSE = (
@@ -45,7 +46,7 @@ def step_of(name: str) -> Any:
 @pytest.mark.parametrize("name", DIVERSE)
 def test_one_file_has_pytorchs_gradients_for_batches_of_1_3_and_8(name: str, tmp_path: Path) -> None:
     step = step_of(name)
-    save_model(plain_gradient_model(export_core(step, layout_of(step))), tmp_path, "grad_step.onnx")
+    save_models({"grad_step.onnx": plain_gradient_model(export_core(step, layout_of(step)))}, tmp_path)
     save_probes(step, zoo_torch.cases()[name], tmp_path)
     errors = replay(tmp_path)["strict"]
     assert list(errors) == ["1", "3", "8"] and max(errors.values()) <= LIMIT, errors
