@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fingerprint, model_fingerprint
 from dpbitfit_fx.errors import ArtifactError, ExportError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file
+from dpbitfit_fx.onnx_cuda import left_to_cpu
 from dpbitfit_fx.onnx_lowering import Lowered
 from dpbitfit_fx.onnx_rows import pin_rows
 from dpbitfit_fx.onnx_seal import check_artifacts
@@ -637,6 +638,7 @@ def write_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
         manifest = build(work)
+        manifest["left_to_cpu"] = left_to_cpu(work)
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(work.iterdir())}
         text = json.dumps(manifest, indent=1) + "\n"
         atomic_write_text(work / "manifest.json", text)
