@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import hashlib
 import json
 import shutil
@@ -312,6 +313,7 @@ def main(description: str | None, docs: Path) -> int:
 
     # Once, before the forks: the exporter reads the sources of its thousand ONNX functions at its first use.
     torch.onnx.export(torch.nn.ReLU(), (torch.ones(1),), dynamo=True, opset_version=OPSET, verbose=False)
+    gc.freeze()  # a collection in a child would go through all that is here
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
