@@ -23,6 +23,7 @@ from typing import Any
 
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, sha256_file, sync
+from dpbitfit_fx.onnx_cuda import left_to_cpu
 from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.ort_artifacts import MANIFEST, set_aside
 
@@ -55,6 +56,7 @@ def write_folder(
             previous = target if (target / MANIFEST).is_file() else None
             manifest = build(work, previous)
             _keep_unchanged(work, previous)
+            manifest["left_to_cpu"] = left_to_cpu(work)
             manifest["files"] = {f.name: sha256_file(f) for f in sorted(work.iterdir())}
             for name in manifest["files"]:
                 sync(work / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import hashlib
 import json
 import shutil
@@ -28,6 +29,7 @@ from zoo_table import Row, collect, run_all, short
 from dpbitfit_fx import onnx_export, ort_export
 from dpbitfit_fx.errors import CompileRefused, ExportError
 from dpbitfit_fx.onnx_check import contributions, relative_error
+from dpbitfit_fx.onnx_cuda import Need, needs, tables, without_kernel
 from dpbitfit_fx.onnx_export import IR_VERSION, OPSET, Core, export_core, export_onnx, flat_parameters, layout_of
 from dpbitfit_fx.ort_export import export_ort_training
 from dpbitfit_fx.ort_runner import load_artifacts
@@ -36,7 +38,7 @@ from dpbitfit_fx.passes.torch_private import tree_flatten
 BATCHES = {1: [4], 3: [2, 5, 1], 8: [(5 * i + 1) % POOL for i in range(8)]}
 LIMIT = 1e-4
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [*sorted((ROOT / "passes").glob("*.py")), *sorted((ROOT / "dpbitfit_fx").glob("onnx_*.py"))]
+SOURCES = [*sorted((ROOT / "passes").glob("*.py")), *sorted((ROOT / "dpbitfit_fx").glob("onnx_[!c]*.py"))]
 
 
 def version() -> str:
@@ -131,6 +133,7 @@ def examine(case: Case, second: Path | None, training: bool = True) -> Row:
                 return {**row, "reason": str(error), "seconds": time.perf_counter() - begin}
             row["bytes"] = sum(f.stat().st_size for f in pair.glob("grad_step.onnx*"))
             row["operators"] = _operators(pair / "grad_step.onnx")
+            row["needs"] = _needs([pair / "grad_step.onnx", pair / "update_step.onnx"])
             save_probes(step, case, pair)
             runs = [replay(pair)]
             if second is not None:
@@ -147,6 +150,7 @@ def examine(case: Case, second: Path | None, training: bool = True) -> Row:
             try:
                 folder = export_ort_training(step, work / "training", optimizer="sgd", tolerance=LIMIT)
                 row["training"] = buffers(step, folder)
+                row["training_needs"] = _needs([folder / f"{n}_model.onnx" for n in ("training", "eval", "optimizer")])
                 if not row["training"] <= LIMIT:
                     row["status"] = "WRONG"
             except ExportError as error:
@@ -166,6 +170,43 @@ def _operators(path: Path) -> dict[str, int]:
     return counts
 
 
+def _needs(paths: list[Path]) -> list[list[Any]]:
+    """What the files need of a provider, as JSON values: [operator, {type variable: type}, note]."""
+    import onnx
+
+    found: set[Need] = set()
+    for path in paths:
+        found |= needs(onnx.load(path, load_external_data=False)).keys()
+    return [[n.operator, dict(n.types), n.note] for n in sorted(found)]
+
+
+def lacking(row: Row, release: str, key: str = "needs") -> list[Need]:
+    """What the architecture needs and this release of onnxruntime has no CUDA kernel for."""
+    wanted = [Need(name, tuple(kinds.items()), note) for name, kinds, note in row[key]]
+    return without_kernel(dict.fromkeys(wanted, 1), release)
+
+
+def _cuda(row: Row, release: str) -> str:
+    if "needs" not in row:
+        return "not run"
+    return ", ".join(sorted({n.operator for n in lacking(row, release)})) or "all"
+
+
+def fallbacks(rows: list[Row]) -> list[str]:
+    """The operators that some architecture leaves to the CPU, with their types and who has them, as lines of a table."""
+    lines = []
+    for key, what in (("needs", "the pair"), ("training_needs", "training artifacts")):
+        who: dict[Need, dict[str, list[str]]] = {}
+        for release in tables():
+            for row in rows:
+                for need in lacking(row, release, key) if key in row else ():
+                    who.setdefault(need, {}).setdefault(release, []).append(row["name"])
+        for need, found in sorted(who.items()):
+            names = sorted({n for some in found.values() for n in some})
+            lines.append(f"| `{need}` | {what} | {', '.join(found)} | {', '.join(names)} |")
+    return lines
+
+
 def _errors(run: Row) -> str:
     return " | ".join(f"{e:.0e}" for e in run["strict"].values())
 
@@ -179,6 +220,7 @@ def markdown(rows: list[Row], asked: int) -> str:
     rest = len(compiled) - len(exact) - len(refused)
     names = next(([x["onnxruntime"] for x in r["runs"]] for r in exact), ["none"])
     versions = sorted({str(r.get("code", "none")) for r in rows})
+    columns = len(names) * len(BATCHES) + len(tables()) + 4
     early = f" of {asked} (the run was ended early)" if len(rows) < asked else ""
     lines = [
         "# The zoo in ONNX",
@@ -188,7 +230,9 @@ def markdown(rows: list[Row], asked: int) -> str:
         "trace. An error is the distance of the clipped sum of gradients from PyTorch's over its norm, at "
         "ORT_ENABLE_ALL, for batches of 1, 3 and 8 from one file; at most 1e-4. The update step is held to the same. "
         f"Runtimes: {' and '.join(names)}; in the column Training, the largest error of the gradient buffers of "
-        "onnxruntime-training. Small, randomly initialised configurations; sizes with their frozen weights.",
+        "onnxruntime-training. CUDA: whether every operator of the pair has, at its opset and for its types, a CUDA kernel "
+        "by that release's published table; else those that ONNX Runtime leaves to the CPU. "
+        "Small, randomly initialised configurations; sizes with their frozen weights.",
         "",
         f"{len(compiled)} architectures{early}: {len(exact)} export and match, {len(trained)} of them also as training "
         f"artifacts; {len(refused)} are refused by name{f'; {rest} FAIL' if rest else ''}. torch {torch.__version__}, "
@@ -196,21 +240,28 @@ def markdown(rows: list[Row], asked: int) -> str:
         "",
         "| architecture | family | result | "
         + " | ".join(f"{n} B={b}" for n in names for b in BATCHES)
-        + " | Training | opset | ONNX nodes | KiB |",
-        "|---" * (3 + len(names) * len(BATCHES) + 4) + "|",
+        + " | Training | "
+        + " | ".join(f"CUDA {r}" for r in tables())
+        + " | opset | ONNX nodes | KiB |",
+        "|---" * (3 + columns) + "|",
     ]
     for r in compiled:
         if r["status"] == "refused":
             continue
         head = f"| {r['name']} | {r['family']} | {r['status']}"
         if "runs" not in r:
-            lines.append(f"{head} {short(r['reason'][-300:])}" + " | " * (len(names) * len(BATCHES) + 4) + " |")
+            lines.append(f"{head} {short(r['reason'][-300:])}" + " | " * columns + " |")
             continue
         training = f"{r['training']:.0e}" if "training" in r else "refused" if "training_refused" in r else "not run"
         lines.append(
-            f"{head} | {' | '.join(_errors(x) for x in r['runs'])} | {training} | {OPSET} | "
+            f"{head} | {' | '.join(_errors(x) for x in r['runs'])} | {training} | "
+            f"{' | '.join(_cuda(r, release) for release in tables())} | {OPSET} | "
             f"{sum(r['operators'].values())} | {r['bytes'] / 1024:,.0f} |"
         )
+    if found := fallbacks(exact):
+        lines += ["", "## Left to the CPU by the CUDA provider", ""]
+        lines += ["| operator and types | in | no CUDA kernel in | architectures |", "|---|---|---|---|", *found]
+    lines += ["", "Kernel tables: " + "; ".join(f"{r}: {t['source']}" for r, t in tables().items()) + "."]
     told = [(r, r["reason"], "both") for r in refused]
     told += [(r, r["training_refused"], "training artifacts") for r in exact if "training_refused" in r]
     if told:
@@ -238,7 +289,8 @@ def main(description: str | None, docs: Path) -> int:
     every = collect()
     if unknown := [n for n in options.names if not fnmatch.filter(every, n)]:
         parser.error(f"no architecture is called {', '.join(unknown)}; there are {', '.join(every)}")
-    chosen = [c for n, c in every.items() if not options.names or any(fnmatch.fnmatch(n, p) for p in options.names)]
+    wanted = dict.fromkeys(n for pattern in options.names or ["*"] for n in every if fnmatch.fnmatch(n, pattern))
+    chosen = [every[n] for n in wanted]
     options.state.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         {r["name"]: r for r in map(json.loads, options.state.read_text().splitlines())}
@@ -259,7 +311,9 @@ def main(description: str | None, docs: Path) -> int:
         with options.state.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    import onnxscript.function_libs.torch_lib.ops  # noqa: F401  (once, before the forks: four seconds)
+    # Once, before the forks: the exporter reads the sources of its thousand ONNX functions at its first use.
+    torch.onnx.export(torch.nn.ReLU(), (torch.ones(1),), dynamo=True, opset_version=OPSET, verbose=False)
+    gc.freeze()  # a collection in a child would go through all that is here
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

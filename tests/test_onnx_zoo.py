@@ -79,6 +79,23 @@ def test_the_table_counts_what_failed_and_tells_why_something_was_refused() -> N
     assert "aten.x.default has no ONNX form" in text.partition("## Refused")[2]
 
 
+def test_the_table_names_the_operators_that_cuda_leaves_to_the_cpu_and_the_architectures_that_have_them() -> None:
+    run = {"onnxruntime": "1.19.2", "strict": {"1": 0.0, "3": 0.0, "8": 0.0}, "update": 0.0}
+    common = {"family": "", "reason": "", "status": "exact", "runs": [run], "operators": {"Add": 2}, "bytes": 2048}
+    needs = [["Add", {"T": "float"}, ""]]
+    rows: list[Row] = [
+        {**common, "name": "whole", "needs": needs},
+        {**common, "name": "torn", "needs": [*needs, ["ArgMax", {"T": "float"}, ""], ["Tan", {"T": "float"}, ""]]},
+        {**common, "name": "early"},
+    ]
+    text = markdown(rows, len(rows))
+    assert "| whole |  | exact | 0e+00 | 0e+00 | 0e+00 | not run | all | all | 18 |" in text
+    assert "| not run | ArgMax, Tan | Tan | 18 |" in text and "| not run | not run | not run | 18 |" in text
+    told = text.partition("## Left to the CPU")[2]
+    assert "| `ArgMax(T float)` | the pair | 1.19.2 | torn |" in told
+    assert "| `Tan(T float)` | the pair | 1.19.2, 1.27 | torn |" in told and "Add" not in told
+
+
 def test_the_second_runtime_needs_neither_torch_nor_this_package() -> None:
     source = Path(sys.modules["onnx_replay"].__file__ or "").read_text()
     imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}

@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_once_and_no_top_level_passes(built: tuple[
     expected = {f"dpbitfit_fx/{n}" for n in modules("dpbitfit_fx")} | {
         f"dpbitfit_fx/passes/{n}" for n in modules("passes")
     }
-    assert set(in_wheel) == expected | {"dpbitfit_fx/py.typed"}
+    assert set(in_wheel) == expected | {"dpbitfit_fx/py.typed", "dpbitfit_fx/cuda_kernels.json"}
 
 
 def test_the_sdist_holds_the_compiler_once(built: tuple[Path, Path]) -> None:
