@@ -176,4 +176,6 @@ def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:
             f"The manifest was written with the clipping {clipping['type']!r}, which this version does not know. Use "
             "the version that exported it."
         )
+    if kind == "automatic" and not _number(clipping.get("gamma")):
+        raise ArtifactError("The manifest names no gamma for its automatic clipping. It is damaged; export again.")
     return kind, float(clipping["gamma"]) if kind == "automatic" else None

@@ -282,7 +282,10 @@ def _of_exports(folder: Path) -> list[Case]:
         said = declared(manifest)
         plan_for(manifest, 24).mechanism(manifest, False, False, {})
         # What epsilon and the noise depend on. The plan (rate, steps, delta) is what the run then does, and states.
-        return (said.clipping, said.noise_multiplier, said.expected_batch_size, said.sizes), backend.flat().tobytes()
+        numbers = [
+            f"{value:.5g}" for value in (said.noise_multiplier, said.expected_batch_size)
+        ]  # the graphs have float32
+        return (said.clipping, numbers, said.sizes), backend.flat().tobytes()
 
     cases = [Case("export: manifest.json", export / "manifest.json", sealed, True)]
     for name in ("grad_step.onnx", "update_step.onnx", "initial.safetensors"):

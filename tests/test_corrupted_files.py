@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 from corrupted_files import Case, build, judge
 from test_architecture import LIBRARY, PASSES, ROOT, dotted
 
-VARIANTS = 1500
+VARIANTS = 930
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_a_damaged_file_gives_the_state_it_had_or_a_clear_error(cases: list[Case
     found = judge(cases, VARIANTS, seed=1)
     assert {name: tally.wrong for name, tally in found.items() if tally.wrong} == {}
     for name, tally in found.items():
-        assert sum(tally.counts.values()) >= 30, name
+        assert sum(tally.counts.values()) >= 30, (name, len(found))
         if not any(word in name for word in ("hash made right", "records:", "run.json")):
             assert tally.counts["refused"] > 20, (name, tally.counts)  # a fuzz that damages nothing proves nothing
 
