@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
+from dpbitfit_fx.arrays import raw_bytes
 from dpbitfit_fx.errors import ArtifactError
-from dpbitfit_fx.files import atomic_write_bytes, read_bytes
+from dpbitfit_fx.files import atomic_write_bytes, json_digest, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ FORMAT: Final = "dpbitfit_fx.biases.v1"
 MODEL_FINGERPRINT: Final = "model_fingerprint"
 FROZEN_FINGERPRINT: Final = "frozen_weights_sha256"
 ADDED_BIASES: Final = "added_biases"
+
+_CHECKSUM: Final = "sha256"
 
 _Model = TypeVar("_Model", bound="torch.nn.Module")
 
@@ -86,6 +89,7 @@ def save_biases(
     if not biases:
         raise ArtifactError("There are no biases to save: the run trained nothing.")
     header = {**(metadata or {}), "format": FORMAT}
+    header.pop(_CHECKSUM, None)
     for name, value in header.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise ArtifactError(f"Metadata of the biases must be strings; {name!r} is a {type(value).__name__}.")
@@ -117,7 +121,7 @@ def _torch_bytes(biases: Mapping[str, Any], header: dict[str, str]) -> bytes:
         if not bool(torch.isfinite(tensor).all()):
             raise _refuse_value(name, _DIVERGED)
         tensors[name] = tensor
-    return bytes(save(tensors, header))
+    return bytes(save(tensors, {**header, _CHECKSUM: _checksum(tensors, header)}))
 
 
 def _numpy_bytes(biases: Mapping[str, Any], header: dict[str, str]) -> bytes:
@@ -132,7 +136,16 @@ def _numpy_bytes(biases: Mapping[str, Any], header: dict[str, str]) -> bytes:
             raise _refuse_value(name, _DIVERGED)
         # `ascontiguousarray` would turn a scalar into one dimension; the file is little-endian.
         arrays[name] = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
-    return bytes(save(arrays, header))
+    return bytes(save(arrays, {**header, _CHECKSUM: _checksum(arrays, header)}))
+
+
+def _checksum(values: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of the metadata and of every value: a damaged file is never other biases."""
+    digest = hashlib.sha256(json_digest({k: v for k, v in metadata.items() if k != _CHECKSUM}).encode())
+    for name, value in sorted(values.items()):
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype).removeprefix("torch.")]).encode())
+        digest.update(raw_bytes(value))
+    return digest.hexdigest()
 
 
 def _read(
@@ -155,7 +168,10 @@ def _read(
             f"{os.fspath(path)!r} is a safetensors file, but not one of trained biases written by this version of "
             f"dpbitfit_fx (its format is not {FORMAT!r}). Nothing was loaded."
         )
-    return tensors, {str(key): str(value) for key, value in metadata.items()}
+    stated = metadata.get(_CHECKSUM)
+    if stated is not None and stated != _checksum(tensors, metadata):
+        raise damaged
+    return tensors, {str(key): str(value) for key, value in metadata.items() if key != _CHECKSUM}
 
 
 def read_biases(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray[Any, np.dtype[Any]]], dict[str, str]]:

@@ -2,13 +2,16 @@
 
 A checkpoint folder is private: it holds the secret key. What is in it, each file of mode 0600:
 
-- `checkpoint.json`: the plan's fingerprint, the step, the charged steps, the optimizer's scalars; the commit point;
+- `checkpoint.json`: the plan's fingerprint, the step, the charged steps, the optimizer's scalars; the commit point. It
+  carries its own SHA-256 and the state's, so that a damaged one is never taken for another plan or step;
 - `state-<step>-<hash>.safetensors`: the trainables and the optimizer's tensors, named by `checkpoint.json`. Its name tells
   its content, so that no state can be written over the one that is committed;
 - `key-<id>.json`: the secret key of the draws and the noise;
 - `journal.jsonl`: one line per step, forced to disk **before** that step's noise may be released: which key, and a
   keyed digest of the clipped sum. A resumed run that recomputes the same clipped sum bit for bit releases the very same
-  noisy value again, which costs nothing. Any other case is charged as a lost step and redrawn under a new key.
+  noisy value again, which costs nothing. Any other case is charged as a lost step and redrawn under a new key. Each line
+  has a checksum, and the steps have no gap: a damaged journal does not tell what was released, so all is charged then. Only
+  a cut end cannot be told from lines that were never written.
 
 No pickle: tensors go to safetensors, everything else to JSON. `fit` and the runner without torch share this file.
 """
@@ -29,7 +32,13 @@ import safetensors
 
 from dpbitfit_fx.arrays import is_numpy, is_tensor, own_copy, pack, raw_bytes, unpack
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, PrivacyError
-from dpbitfit_fx.files import atomic_write_bytes, atomic_write_text, describe_os_error, ensure_output_folder
+from dpbitfit_fx.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    describe_os_error,
+    ensure_output_folder,
+    json_digest,
+)
 from dpbitfit_fx.randomness import SecretKey, stream
 
 if TYPE_CHECKING:
@@ -37,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointStore", "JournalEntry", "SavedState", "decode", "encode", "key_id", "sum_digest"]
 
-FORMAT = "dpbitfit_fx.checkpoint.v3"
+FORMAT = "dpbitfit_fx.checkpoint.v4"
 _PRIVATE = 0o600
 
 
@@ -204,10 +213,13 @@ class CheckpointStore:
     def has_key(self) -> bool:
         """Whether the key that the checkpoint names is there, and is one."""
         try:
-            SecretKey.load(self._key_path(self._content()["key"])).erase()
+            name = self._content()["key"]
+            key = SecretKey.load(self._key_path(name))
         except (ArtifactError, PrivacyError):
             return False
-        return True
+        same = bool(key_id(key) == name)
+        key.erase()
+        return same
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -250,7 +262,8 @@ class CheckpointStore:
                 # Before the first commit: a checkpoint without a journal has lost it.
                 atomic_write_bytes(self._journal_path, b"", mode=_PRIVATE)
             atomic_write_bytes(self.folder / file, payload, mode=_PRIVATE)
-            atomic_write_text(self.folder / "checkpoint.json", json.dumps(content) + "\n", mode=_PRIVATE)
+            signed = content | {"sha256": json_digest(json.loads(json.dumps(content)))}
+            atomic_write_text(self.folder / "checkpoint.json", json.dumps(signed) + "\n", mode=_PRIVATE)
         except ArtifactError as error:
             raise CheckpointError(
                 f"The checkpoint could not be saved. {error} The run stopped; the last checkpoint is intact and "
@@ -270,7 +283,8 @@ class CheckpointStore:
         try:
             content = json.loads(path.read_bytes())
             known = isinstance(content, dict) and content.get("format") == FORMAT
-        except (OSError, ValueError):
+            known = known and content.pop("sha256", None) == json_digest(content)
+        except (OSError, ValueError, RecursionError):
             known = False
         if not known:
             raise CheckpointError(
@@ -290,9 +304,9 @@ class CheckpointStore:
         """
         content = self._content()
         step: int = content["step"]
-        entries = self._read_journal()
-        since = None if entries is None else [e.step + 1 - step for e in entries if e.key == content["key"]]
-        return step, content["charged_steps"], content["mechanism"], None if since is None else max([0, *since])
+        pending = self._pending(content)
+        since = None if pending is None else max([0, *(entry.step + 1 - step for entry in pending)])
+        return step, content["charged_steps"], content["mechanism"], since
 
     def load(self) -> tuple[SavedState, SecretKey, list[JournalEntry]]:
         """The last committed state, its key, and the steps that may have been released since.
@@ -300,13 +314,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: the checkpoint is damaged or of another version; nothing was changed.
         """
-        content, journal = self._content(), self._read_journal()
+        content = self._content()
+        pending = self._pending(content)
         damaged = CheckpointError(
             f"The checkpoint in {str(self.folder)!r} is damaged: its state, its key or its journal is missing or is not "
             f"what was written. So the run cannot be continued. Nothing was changed. Pass resume=False, overwrite=True to "
             f"give it up: what it may have spent is then kept in the folder and counted in this run."
         )
-        if journal is None:
+        if pending is None:
             raise damaged
         try:
             payload = (self.folder / content["state_file"]).read_bytes()
@@ -314,6 +329,8 @@ class CheckpointStore:
                 raise damaged
             tensors = unpack(payload, tensors=not self._numpy)
             key = SecretKey.load(self._key_path(content["key"]))
+            if key_id(key) != content["key"]:
+                raise damaged
             state = SavedState(
                 step=content["step"],
                 charged_steps=content["charged_steps"],
@@ -332,7 +349,6 @@ class CheckpointStore:
                 f"{error} Nothing was changed. If the key is lost, pass resume=False, overwrite=True: what this run may "
                 f"have spent is then kept in the folder and counted."
             ) from error
-        pending = [entry for entry in journal if entry.step >= state.step and entry.key == content["key"]]
         return state, key, pending
 
     def resume_journal(self, pending: Sequence[JournalEntry]) -> None:
@@ -391,23 +407,36 @@ class CheckpointStore:
             reason = describe_os_error(error, path) if isinstance(error, OSError) else str(error)
             raise CheckpointError(f"{reason} The run stopped; running the same call again continues.") from error
 
+    def _pending(self, content: Mapping[str, Any]) -> list[JournalEntry] | None:
+        """The steps that may have been released since the checkpoint; None where the journal does not tell."""
+        entries = self._read_journal()
+        if entries is None:
+            return None
+        pending = [entry for entry in entries if entry.step >= content["step"] and entry.key == content["key"]]
+        steps = {entry.step for entry in pending}
+        return pending if steps == set(range(content["step"], content["step"] + len(steps))) else None
+
     def _read_journal(self) -> list[JournalEntry] | None:
         """None: it is missing or damaged, and does not tell what was released."""
         try:
-            lines = self._journal_path.read_bytes().splitlines()
+            *lines, rest = self._journal_path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CheckpointError(describe_os_error(error, self._journal_path, "read")) from error
+        # A torn last line was never synced, so its step was never released. It holds no closing brace.
+        if rest and (b"}" in rest or not rest.isascii() or not rest.startswith(_LINE_START[: len(rest)])):
+            lines.append(rest)
         entries = []
-        for number, line in enumerate(lines, 1):
+        for line in lines:
             try:
                 content = json.loads(line)
-                entries.append(JournalEntry(int(content["step"]), str(content["key"]), str(content["digest"])))
-            except (ValueError, KeyError, TypeError):
-                if number < len(lines):
-                    return None
-                # Only the last line can be torn; it was never synced, so its step was never released.
+                entry = JournalEntry(int(content["step"]), str(content["key"]), str(content["digest"]))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                return None
+            if _line(entry) != line + b"\n":
+                return None
+            entries.append(entry)
         return entries
 
     @property
@@ -418,5 +447,9 @@ class CheckpointStore:
         return self.folder / f"key-{name}.json"
 
 
+_LINE_START = b'{"step": '
+
+
 def _line(entry: JournalEntry) -> bytes:
-    return json.dumps({"step": entry.step, "key": entry.key, "digest": entry.digest}).encode() + b"\n"
+    content = {"step": entry.step, "key": entry.key, "digest": entry.digest}
+    return json.dumps(content | {"check": json_digest(content)[:16]}).encode() + b"\n"

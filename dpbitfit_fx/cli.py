@@ -10,11 +10,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dpbitfit_fx.console import EvalFile, Overwrite, PhysicalBatchSize, PriorFiles, Resume, TuningCovered
+from dpbitfit_fx.console import (
+    EvalFile,
+    LedgerFile,
+    LedgerUser,
+    Overwrite,
+    PhysicalBatchSize,
+    PriorFiles,
+    Resume,
+    TuningCovered,
+)
 from dpbitfit_fx.console import busy as _busy
 from dpbitfit_fx.console import console as _console
 from dpbitfit_fx.console import names as _names
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError, PrivacyError
+from dpbitfit_fx.ledger_cli import ledger as ledger_commands
 from dpbitfit_fx.ort_cli import ort_budget, ort_train
 
 if TYPE_CHECKING:
@@ -126,11 +136,16 @@ def train(
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the number of records.")] = None,
     eval_file: EvalFile = None,
     prior: PriorFiles = None,
+    ledger: LedgerFile = None,
+    ledger_user: LedgerUser = None,
     resume: Resume = True,
     overwrite: Overwrite = False,
     tuning_covered: TuningCovered = False,
 ) -> None:
     """Train the biases of a model on private labelled text."""
+    from dpbitfit_fx.ledger import Ledger
+
+    budget = None if ledger is None else Ledger(ledger, who=ledger_user)
     from dpbitfit_fx.data import parse_lengths, read_table
     from dpbitfit_fx.files import ensure_output_folder
 
@@ -179,6 +194,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         prior=list(prior or ()),
+        ledger=budget,
         tuning_covered=tuning_covered,
         public_declarations={**table.public_declarations(), "padded_lengths_source": "declared; longer texts are cut"},
     )
@@ -214,18 +230,14 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a trained model's private step, checked against PyTorch, to train further without PyTorch."""
-    from dpbitfit_fx.files import read_text
     from dpbitfit_fx.privacy_statement import PrivacyStatement
 
     if format not in ("ort", "onnx"):
         raise DPBitFitError(f"--format must be ort or onnx; got '{format}'.")
     if optimizer not in ("adamw", "sgd"):
         raise DPBitFitError(f"--optimizer must be adamw or sgd; got '{optimizer}'.")
-    try:
-        described = json.loads(read_text(run / RUN_FILE))
-        labels, lengths, trainable = described["labels"], described["padded_lengths"], described["trainable"]
-    except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"'{run / RUN_FILE}' is damaged: it does not describe a run of `dpbitfit train`.") from None
+    described = read_run(run)
+    labels, lengths, trainable = described["labels"], described["padded_lengths"], described["trainable"]
     statement = PrivacyStatement.load(run / "privacy.json")
     with _busy("loading the model"):
         from dpbitfit_fx.biases import load_biases
@@ -241,8 +253,8 @@ def export(
             text_loss,
             made_up_batch(length or lengths[-1], _vocabulary(network), rows),
             trainable=trainable,
-            exclude=described.get("exclude", []),
-            add_bias=described.get("add_bias", False),
+            exclude=described["exclude"],
+            add_bias=described["add_bias"],
             clipping=_clipping(statement.clipping, statement.max_grad_norm),
             noise_multiplier=statement.noise_multiplier,
             expected_batch_size=statement.expected_batch_size,
@@ -275,6 +287,35 @@ def export(
 
 app.command("ort-train")(ort_train)
 app.command("ort-budget")(ort_budget)
+app.add_typer(ledger_commands, name="ledger")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json says of a run of `dpbitfit train`.
+
+    Raises:
+        ArtifactError: it cannot be read, or is damaged.
+    """
+    from dpbitfit_fx.files import read_text
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    try:
+        described = json.loads(read_text(folder / RUN_FILE))
+        labels, lengths, trainable = described["labels"], described["padded_lengths"], described["trainable"]
+        left_out, added = described.setdefault("exclude", []), described.setdefault("add_bias", False)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        described = None
+    else:
+        sound = texts(labels) and len(labels) > 1 and texts(left_out) and isinstance(added, bool)
+        sound = sound and (isinstance(trainable, str) or texts(trainable))
+        sound = sound and isinstance(lengths, list) and bool(lengths)
+        described = described if sound and all(type(n) is int and 0 < n < 2**31 for n in lengths) else None
+    if described is None:
+        raise ArtifactError(f"'{folder / RUN_FILE}' is damaged: it does not describe a run of `dpbitfit train`.")
+    found: dict[str, Any] = described
+    return found
 
 
 def _vocabulary(network: Any) -> int:

@@ -12,11 +12,25 @@ from rich.console import Console
 
 from dpbitfit_fx.errors import DataError
 
-__all__ = ["EvalFile", "Overwrite", "PhysicalBatchSize", "PriorFiles", "Resume", "TuningCovered", "busy", "console", "names"]
+__all__ = [
+    "EvalFile",
+    "LedgerFile",
+    "LedgerUser",
+    "Overwrite",
+    "PhysicalBatchSize",
+    "PriorFiles",
+    "Resume",
+    "TuningCovered",
+    "busy",
+    "console",
+    "names",
+]
 
 PhysicalBatchSize = Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")]
 EvalFile = Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")]
 PriorFiles = Annotated[list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")]
+LedgerFile = Annotated[Path | None, typer.Option(help="The dataset's ledger: a run beyond its budget does not start.")]
+LedgerUser = Annotated[str | None, typer.Option(help="Whose name the ledger takes; default: the login name.")]
 Resume = Annotated[bool, typer.Option(help="Continue an interrupted run found in the output folder.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of a finished run, and count it in epsilon.")

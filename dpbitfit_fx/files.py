@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dpbitfit_fx.errors import ArtifactError
 
@@ -37,7 +39,8 @@ def describe_os_error(error: OSError, path: str | os.PathLike[str], what: str = 
     return f"Cannot {what} {target!r}: {cause}. {advice}."
 
 
-def _fsync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Forces a new or renamed entry of the folder to disk, where the file system can."""
     # The rename itself lives in the folder; not every file system lets a folder be opened or synced.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -50,7 +53,7 @@ def _fsync_folder(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     if path.is_dir():
-        _fsync_folder(path)
+        sync_folder(path)
         return
     # Windows refuses to sync a descriptor that was opened for reading; elsewhere the file may be one to read only.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -60,7 +63,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """All of it, however little each call takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view[:_CHUNK]) :]
@@ -95,7 +99,7 @@ def atomic_replace(path: str | os.PathLike[str], mode: int = 0o644) -> Iterator[
         # Also on KeyboardInterrupt; after the rename there is nothing left to remove.
         with contextlib.suppress(OSError):
             temporary.unlink()
-    _fsync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes, mode: int = 0o644) -> None:
@@ -107,7 +111,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes, mode: int = 0o
     with atomic_replace(path, mode) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY)
         try:
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
         finally:
             os.close(descriptor)
 
@@ -172,7 +176,7 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
-            _write_all(descriptor, b"dpbitfit_fx" * 400)
+            write_all(descriptor, b"dpbitfit_fx" * 400)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -184,6 +188,11 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
         with contextlib.suppress(OSError):
             probe.unlink()
     return folder
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 (hex) of JSON values, whatever their order and white space in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

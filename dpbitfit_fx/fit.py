@@ -21,6 +21,7 @@ from torch import nn
 
 from dpbitfit_fx.accounting import (
     Prior,
+    PriorRun,
     check_target_delta,
     epsilon_of_phases,
     format_epsilon,
@@ -40,17 +41,19 @@ from dpbitfit_fx.biases import (
 )
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
-from dpbitfit_fx.errors import DataError, PrivacyError, PrivacyWarning
+from dpbitfit_fx.errors import DataError, DPBitFitError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import ensure_output_folder
+from dpbitfit_fx.ledger import Ledger
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
-from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id
+from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id, phase_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
+from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.sampling import PoissonSampler
 from dpbitfit_fx.training_run import Stage, TrainingRun, frozen_digest
 
@@ -114,6 +117,7 @@ def fit(
     resume: bool = True,
     overwrite: bool = False,
     prior: Prior | Sequence[Prior] = (),
+    ledger: Ledger | str | os.PathLike[str] | None = None,
     progress: bool = True,
     callbacks: Sequence[Callable[[StepInfo], None]] = (),
     tuning_covered: bool = False,
@@ -164,6 +168,9 @@ def fit(
             this run, which is taken to be on the same records. With resume=False also gives up an unfinished run, whose
             spent budget is kept in the folder and composed with this one.
         prior: privacy.json files or statements of earlier runs on the same records, composed exactly.
+        ledger: the dataset's ledger (`dpbitfit ledger init`). The run is charged there with all its planned steps before
+            the first, and with what it really took at the end; one that would exceed the dataset's budget does not start.
+            The ledger counts every run once, those in `prior` too; ε here is still of this run and `prior`.
         progress: a progress bar once the run has lasted two seconds.
         callbacks: called with a StepInfo after every step.
         tuning_covered: declares that hyper-parameters were not tuned on these records (or that `prior` counts it).
@@ -180,6 +187,7 @@ def fit(
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
     average_from = check_average_from(average_from)
+    account = RunAccount(ledger)
     records = _dataset_length(dataset)
     check_distinct(dataset)
     size = records if dataset_size is None else dataset_size
@@ -209,6 +217,7 @@ def fit(
             settle(folder, store, resume=resume, overwrite=overwrite)
             earlier = (prior,) if isinstance(prior, (str, os.PathLike)) or not isinstance(prior, Sequence) else prior
             found = statements_in(folder, store)
+            account.settle_given_up(folder, found.values(), store.run_id if store.exists else None)
             prior = [*earlier, *found.values()]
         runs = resolve_prior(prior)
         sigma = noise_multiplier
@@ -218,6 +227,13 @@ def fit(
                 sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
         # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
         epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+        run_id = new_run_id()
+        own = store.run_id if store is not None and store.exists else run_id
+        planned = [
+            PriorRun(phase_run_id(own, index) if len(plan) > 1 else own, sampler.sample_rate, sigma, sampler.steps)
+            for index, sampler in enumerate(samplers)
+        ]
+        account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
 
         with _model_as_found(model), contextlib.ExitStack() as undo:
 
@@ -265,7 +281,7 @@ def fit(
             dropped = any(step.dropout for stage in stages for step in stage.engine.compiled)
             trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
             statement_fields = {
-                "run_id": new_run_id(),
+                "run_id": run_id,
                 "delta": delta,
                 "max_grad_norm": last["max_grad_norm"],
                 "clipping": last["clipping"],
@@ -315,20 +331,29 @@ def fit(
                 },
                 store=store,
                 checkpoint_every=checkpoint_every,
+                account=account,
                 average_from=average_from,
             )
-            if store is not None and store.exists:
+            resumed = store is not None and store.exists
+            if store is not None and resumed:
                 run.restore(*store.load())
             else:
                 run.save()
-            own = run.mechanism["statement"]["run_id"]
-            warn_of_earlier_runs(dataset, own, {run.run_id.split("/")[0] for run in runs})
-            first.update.apply_added_biases()
-            undo.pop_all()
-            _train(run, model, eval_fn, callbacks, progress)
+            with account.spending(run.statement_so_far):
+                try:
+                    run.reserve()
+                except DPBitFitError:
+                    if store is not None and not resumed:
+                        store.erase()  # nothing was begun
+                    raise
+                own = run.mechanism["statement"]["run_id"]
+                warn_of_earlier_runs(dataset, own, {run.run_id.split("/")[0] for run in runs})
+                first.update.apply_added_biases()
+                undo.pop_all()
+                _train(run, model, eval_fn, callbacks, progress)
 
-        statement = run.statement()
         run.save()
+        statement = account.settle(run.statement())
         if run.average is not None:
             run.average.apply()  # after the last checkpoint, which holds the parameters themselves
         if folder is not None and store is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ __all__ = ["FORMAT", "MANIFEST", "WEIGHTS", "attach", "clipping_of", "read_manif
 FORMAT: Final = "dpbitfit_fx.onnx.v1"
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.data"  # the frozen weights of all graphs of an export
+_DTYPES: Final = ("float32", "int64", "bool", "int32", "uint8")
 
 
 def training_api() -> Any:
@@ -79,11 +81,16 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
         )
     try:
         manifest = json.loads(read_text(root / MANIFEST))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ArtifactError(f"{os.fspath(folder)!r} has a damaged manifest.json. Export again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{os.fspath(folder)!r} is not an export that this version of dpbitfit_fx can read. Export again."
+        )
+    wrong = _shape_fault(manifest)
+    if wrong is not None:
+        raise ArtifactError(
+            f"The manifest.json in {os.fspath(folder)!r} is damaged or was edited: {wrong}. Export again."
         )
     if verify:
         for name, digest in manifest["files"].items():
@@ -113,6 +120,77 @@ def attach(root: Path, manifest: dict[str, Any], name: str, content: str, /, **e
     atomic_write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _file(value: Any) -> bool:
+    return _text(value) and value == os.path.basename(value) and value not in (".", "..") and "\0" not in value
+
+
+def _shape_fault(manifest: Mapping[str, Any]) -> str | None:
+    """What in a manifest is not of the type that its readers take for granted; its values are the seal's business."""
+
+    def each(name: str, kind: type, fields: Mapping[str, Callable[[Any], bool]]) -> str | None:
+        items = manifest.get(name)
+        if not isinstance(items, kind) or not items:
+            return f"{name!r} is not what it should be"
+        for item in items if isinstance(items, list) else [items]:
+            for field, sound in fields.items():
+                if not isinstance(item, dict) or not sound(item.get(field)):
+                    return f"{field!r} in {name!r} is not what it should be"
+        return None
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(map(_whole, value))
+
+    def optional(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: value is None or sound(value)
+
+    tops: dict[str, Callable[[Any], bool]] = {
+        "target": lambda v: v in ("onnx", "ort_training"),
+        "graph_hash": lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None,
+        "num_trainable": _whole,
+        "num_parameters": _whole,
+        "max_grad_norm": _number,
+        "noise_multiplier": _number,
+        "expected_batch_size": _number,
+        "files": lambda v: isinstance(v, dict) and all(_file(n) and _text(d) for n, d in v.items()),
+        "plan": lambda v: isinstance(v, dict),
+        "fingerprints": lambda v: v is None or (isinstance(v, dict) and all(map(_text, v.values()))),
+        "text": lambda v: v is None or isinstance(v, dict),
+        "dynamic_length": lambda v: v is None or isinstance(v, dict),
+    }
+    for name, sound in tops.items():
+        if not sound(manifest.get(name)) or (name in manifest and manifest[name] is None):
+            return f"{name!r} is not what it should be"
+    parts = {"name": _text, "onnx_name": _text, "shape": sizes, "offset": _whole, "numel": _whole}
+    batch = {"path": lambda v: isinstance(v, str), "name": _text, "shape": sizes, "dtype": lambda v: v in _DTYPES}
+    plan = {"sample_rate": _number, "dataset_size": _whole, "steps": _whole, "target_delta": _number}
+    faults = [
+        each("parameters", list, parts),
+        each("batch_inputs", list, batch),
+        each("optimizer", dict, {"type": _text, "lr": _number}),
+        each("clipping", dict, {"type": _text, "gamma": optional(_number)}),
+        each("plan", dict, {k: optional(v) for k, v in plan.items()}) if manifest["plan"] else None,
+    ]
+    if "text" in manifest:
+        labels = lambda v: isinstance(v, list) and all(map(_text, v))  # noqa: E731
+        faults.append(each("text", dict, {"tokenizer": _file, "labels": labels, "pad_id": _whole}))
+    if "dynamic_length" in manifest:
+        dims = lambda v: isinstance(v, dict) and all(map(_whole, v.values()))  # noqa: E731
+        faults.append(each("dynamic_length", dict, {"dims": dims, "min": _whole, "max": _whole}))
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:
     """How privacy.json names the export's clipping, and the gamma of automatic clipping.
 
@@ -126,4 +204,6 @@ def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:
             f"The manifest was written with the clipping {clipping['type']!r}, which this version does not know. Use "
             "the version that exported it."
         )
+    if kind == "automatic" and not _number(clipping.get("gamma")):
+        raise ArtifactError("The manifest names no gamma for its automatic clipping. It is damaged; export again.")
     return kind, float(clipping["gamma"]) if kind == "automatic" else None

@@ -48,10 +48,20 @@ def session_options(folder: Path) -> Any:
 
 
 def open_session(path: Path) -> Any:
-    """An InferenceSession on the CPU."""
+    """An InferenceSession on the CPU.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not take the file.
+    """
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), session_options(path.parent), providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), session_options(path.parent), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's classes differ by version, and share no base of their own
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {os.fspath(path)!r} ({type(error).__name__}). Export again, or "
+            "use the version that the export was checked with."
+        ) from error
 
 
 def pieces(parameters: Sequence[Mapping[str, Any]], flat: Array, key: str) -> dict[str, Array]:
@@ -169,6 +179,7 @@ class PlainBackend:
     noise_with_last_batch = False
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         self.grad = open_session(folder / "grad_step.onnx")
@@ -176,8 +187,15 @@ class PlainBackend:
         self.grad_inputs = {i.name for i in self.grad.get_inputs()}
         self.step_inputs = {i.name for i in self.step.get_inputs()}
         size = int(manifest["num_trainable"])
-        initial = load_file(folder / "initial.safetensors")
-        theta = np.concatenate([initial[p["name"]].astype(np.float32).ravel() for p in manifest["parameters"]])
+        try:
+            initial = load_file(folder / "initial.safetensors")
+            theta = np.concatenate([initial[p["name"]].astype(np.float32).ravel() for p in manifest["parameters"]])
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError):
+            raise ArtifactError(f"'{folder / 'initial.safetensors'}' is damaged. Export again.") from None
+        if len(theta) != size:
+            raise ArtifactError(
+                f"'{folder / 'initial.safetensors'}' does not hold the export's parameters. Export again."
+            )
         self.state: dict[str, Array] = {"theta": theta}
         if manifest["optimizer"]["type"] == "AdamW":
             self.state.update(m=np.zeros(size, np.float32), v=np.zeros(size, np.float32), t=np.zeros(1, np.int64))

@@ -10,6 +10,8 @@ from rich.markup import escape
 
 from dpbitfit_fx.console import (
     EvalFile,
+    LedgerFile,
+    LedgerUser,
     Overwrite,
     PhysicalBatchSize,
     PriorFiles,
@@ -79,6 +81,8 @@ def ort_train(
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the export's plan.")] = None,
     eval_file: EvalFile = None,
     prior: PriorFiles = None,
+    ledger: LedgerFile = None,
+    ledger_user: LedgerUser = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
     resume: Resume = True,
     overwrite: Overwrite = False,
@@ -86,6 +90,7 @@ def ort_train(
 ) -> None:
     """Train from an export on private records, in ONNX Runtime, without PyTorch."""
     from dpbitfit_fx.files import ensure_output_folder
+    from dpbitfit_fx.ledger import Ledger
     from dpbitfit_fx.ort_artifacts import read_manifest
     from dpbitfit_fx.ort_evaluate import Evaluator
     from dpbitfit_fx.ort_records import Records
@@ -113,6 +118,7 @@ def ort_train(
             pad_values=reader.pad_values,
             dataset_size=dataset_size,
             prior=list(prior or ()),
+            ledger=None if ledger is None else Ledger(ledger, who=ledger_user),
             output_dir=output,
             checkpoint_every=checkpoint_every,
             resume=resume,

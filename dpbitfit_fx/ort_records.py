@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise ArtifactError(describe_os_error(error, path, "read")) from error
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+    except (ValueError, EOFError, AttributeError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error):
         # `from None`: numpy's message may quote what it found.
         raise DataError(
             f"'{os.fspath(path)}' is not a .npz file of plain arrays. Write it with numpy.savez(path, name=array, ...)."

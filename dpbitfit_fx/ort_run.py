@@ -13,6 +13,7 @@ from dpbitfit_fx.ort_backends import Array, Backend
 from dpbitfit_fx.ort_plan import Plan
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.randomness import SecretKey, stream
+from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, statement_of_stopped
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ class OrtRun:
         key: SecretKey,
         store: CheckpointStore | None,
         *,
+        account: RunAccount,
         tuning_covered: bool,
         declared: Mapping[str, Any],
     ) -> None:
+        self.account = account
         self.manifest, self.backend, self.records, self.plan = manifest, backend, records, plan
         self.key, self.store = key, store
         self.size = int(manifest["num_trainable"])
-        self.mechanism = plan.mechanism(manifest, key.insecure, tuning_covered, declared)
+        self.mechanism = account.named(plan.mechanism(manifest, key.insecure, tuning_covered, declared))
         self.fingerprint = _fingerprint(manifest, plan, key, records)
         self.ledger = ledger_of(self.mechanism)
         self.step = 0
@@ -61,10 +64,15 @@ class OrtRun:
     def lost(self) -> int:
         return sum(self.ledger.charged)
 
+    def reserve(self) -> None:
+        """The whole of what the run may spend, in its ledger, where it has one."""
+        self.account.reserve(self.mechanism, self.ledger.at_most())
+
     def advance(self) -> None:
         """Draw, clip and sum, journal, add noise once, update. Control flow depends on public values only, except that a
         replayed step whose sum changed (so: data or machine changed) is charged, and not taken."""
         self._check_whole()
+        self.account.require()
         if self.step >= self.total:
             raise PrivacyError("The plan has 0 steps left. The budget was computed for the plan: make a new one.")
         rows = self.plan.sampler.draw(self.key, self.step)
@@ -115,6 +123,7 @@ class OrtRun:
 
     def charge(self, lost: int) -> None:
         """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
+        self.account.reserve(self.mechanism, self.ledger.at_most(self.step, lost))
         self._torn = True
         self.ledger.charge(self.step, lost)
         self.pending = {}
@@ -160,6 +169,7 @@ class OrtRun:
 
         Raises CheckpointError, and changes nothing, where it cannot be continued at all.
         """
+        self.account.check_resumed(state.mechanism)
         limit = ledger_of(self.mechanism, state.charged_steps).total
         begun = max([state.step, *(entry.step + 1 for entry in pending)])
         fixed = ("backend", "optimizer", "parameters")

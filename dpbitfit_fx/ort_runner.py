@@ -19,19 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpbitfit_fx.accounting import EpsilonTracker, Prior, resolve_prior
+from dpbitfit_fx.accounting import EpsilonTracker, Prior, PriorRun, resolve_prior
 from dpbitfit_fx.biases import save_biases
 from dpbitfit_fx.checkpoint import CheckpointStore
-from dpbitfit_fx.errors import ArtifactError, PrivacyError
+from dpbitfit_fx.errors import ArtifactError, DPBitFitError, PrivacyError
 from dpbitfit_fx.files import ensure_output_folder
+from dpbitfit_fx.ledger import Ledger
 from dpbitfit_fx.ort_artifacts import read_manifest
 from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBackend, load_artifacts, pieces
 from dpbitfit_fx.ort_plan import Plan, Schedule, plan_for
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.ort_run import OrtRun
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
+from dpbitfit_fx.privacy_statement import new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.run_account import RunAccount
 
 if TYPE_CHECKING:
     from dpbitfit_fx.privacy_statement import PrivacyStatement
@@ -59,6 +62,7 @@ class OrtTrainer:
         steps or epochs, dataset_size, target_delta, target_epsilon, learning_rate, schedule, physical_batch_size: see
             ``ort_plan``; defaults are the export's. sample_rate is expected_batch_size / dataset_size.
         prior: privacy.json files or statements of earlier runs on the same records, composed exactly.
+        ledger: as in ``fit``; ``close`` settles a run that is left before its end.
         output_dir: receives biases.safetensors, privacy.json and summary.md; while running, a private checkpoint
             folder, locked. Killed at any moment, the same call continues an unfinished run found there.
         checkpoint_every, resume, overwrite: as in ``fit``.
@@ -86,6 +90,7 @@ class OrtTrainer:
         physical_batch_size: int = 32,
         pad_values: Mapping[str, float] | None = None,
         prior: Prior | Iterable[Prior] = (),
+        ledger: Ledger | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 50,
         resume: bool = True,
@@ -96,6 +101,7 @@ class OrtTrainer:
     ) -> None:
         if type(checkpoint_every) is not int or checkpoint_every < 1:
             raise PrivacyError(f"checkpoint_every must be a positive number of steps; got {checkpoint_every!r}.")
+        self.account = RunAccount(ledger)
         self.folder = Path(artifacts)
         self.manifest = read_manifest(self.folder)
         self.records = Records(self.manifest, data, pad_values)
@@ -110,6 +116,8 @@ class OrtTrainer:
             if self.output_dir is not None and self.store is not None:
                 settle(self.output_dir, self.store, resume=resume, overwrite=overwrite)
                 found = statements_in(self.output_dir, self.store)
+                unfinished = self.store.run_id if self.store.exists else None
+                self.account.settle_given_up(self.output_dir, found.values(), unfinished)
             with naming_statements(self.output_dir, found):
                 self.plan = plan_for(
                     self.manifest,
@@ -124,6 +132,14 @@ class OrtTrainer:
                     physical_batch_size=physical_batch_size,
                     prior=resolve_prior([*resolve_prior(prior), *found.values()]),
                 )
+            plan = self.plan
+            own = self.store.run_id if self.store is not None and self.store.exists else new_run_id()
+            self.account.check(
+                [PriorRun(own, plan.sampler.sample_rate, plan.noise_multiplier, plan.sampler.steps)],
+                dataset_size=plan.sampler.dataset_size,
+                run_delta=plan.target_delta,
+                prior=plan.prior,
+            )
             seed = insecure_seed_for_tests
             self.run = OrtRun(
                 self.manifest,
@@ -132,15 +148,22 @@ class OrtTrainer:
                 self.plan,
                 SecretKey() if seed is None else SecretKey.insecure_for_tests(seed),
                 self.store,
+                account=self.account,
                 tuning_covered=tuning_covered,
                 declared=dict(public_declarations or {}),
             )
-            plan = self.plan
             self._tracker = EpsilonTracker(plan.sampler, plan.noise_multiplier, plan.target_delta, plan.prior)
-            if self.store is not None and self.store.exists:
+            resumed = self.store is not None and self.store.exists
+            if self.store is not None and resumed:
                 self.run.restore(*self.store.load())
             else:
                 self.run.save()
+            try:
+                self.run.reserve()
+            except DPBitFitError:
+                if self.store is not None and not resumed:
+                    self.store.erase()  # nothing was begun
+                raise
         except BaseException:
             self.close()
             raise
@@ -152,7 +175,8 @@ class OrtTrainer:
         self.close()
 
     def close(self) -> None:
-        """Unlocks output_dir; an unfinished run stays there and can be continued."""
+        """Settles the run in its ledger, and unlocks output_dir; an unfinished run stays there and can be continued."""
+        self.account.stop(lambda: self.run.statement())
         if self.store is not None:
             self.store.close()
 
@@ -183,6 +207,8 @@ class OrtTrainer:
                 numbers go to ``history``.
         """
         run = self.run
+        if not self.account.open:
+            run.reserve()  # closed before
         left = run.total - run.step
         if steps is not None and steps > left:
             raise PrivacyError(
@@ -236,8 +262,8 @@ class OrtTrainer:
             raise ArtifactError("Give the folder for the results once: as output_dir, or else to finish.")
         folder = self.output_dir if output is None else ensure_output_folder(output)
         assert folder is not None
-        statement = self.statement()
         self.run.save()
+        statement = self.account.settle(self.statement())
         about = {"graph_hash": statement.graph_hash, "run_id": statement.run_id}
         write_statement(folder, statement)
         save_biases(folder / BIASES, self.biases(), {**about, **self.manifest.get("fingerprints", {})})

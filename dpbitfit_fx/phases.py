@@ -105,6 +105,12 @@ class StepLedger:
         ends = [self.limit(phase) if phase < last else step for phase in range(last + 1)]
         return [min(max(0, step - self.start(phase)), end) for phase, end in enumerate(ends)]
 
+    def at_most(self, step: int = 0, lost: int = 0) -> list[int]:
+        """What each phase is charged when the run goes to its end, `lost` more steps from `step` on included."""
+        then = StepLedger(self.planned, self.charged, shortened=self.shortened)
+        then.charge(step, lost)
+        return [then.limit(phase) + then.charged[phase] for phase in range(len(then.planned))]
+
     def charge(self, step: int, lost: int) -> None:
         """Books `step`, `step` + 1, … as lost, each in its own phase."""
         for phase in [self.phase_of(number) for number in range(step, step + lost)]:

@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 from dpbitfit_fx import accounting
 from dpbitfit_fx.accounting import Prior, PriorRun, format_epsilon
 from dpbitfit_fx.errors import PrivacyError
-from dpbitfit_fx.files import atomic_write_text, read_text
+from dpbitfit_fx.files import atomic_write_text, json_digest, read_text
 from dpbitfit_fx.passes.clipping import KINDS
 from dpbitfit_fx.phases import PhaseRecord, joined_hash
 from dpbitfit_fx.randomness import INSECURE_CAVEAT, numeric_caveats
@@ -33,6 +33,7 @@ SCHEMA_VERSION: Final = 1
 FILE_NAME: Final = "privacy.json"
 PRIVACY_UNIT: Final = "one record"
 _PHASE: Final = "/phase-"
+_CHECKSUM: Final = "sha256"
 _CLIPPINGS: Final = tuple(KINDS)
 _PACKAGES: Final = (
     "dpbitfit_fx",
@@ -120,6 +121,7 @@ class PrivacyStatement:
     privacy_unit: str = PRIVACY_UNIT
     neighboring_relation: str = accounting.NEIGHBORING_RELATION
     phases: tuple[PhaseRecord, ...] = ()
+    ledger: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.numeric_caveats:
@@ -209,9 +211,13 @@ class PrivacyStatement:
 
     def as_prior_runs(self) -> tuple[PriorRun, ...]:
         """This run and those before it, for a later run's ``prior``."""
+        return (*self.prior, *self.own_runs())
+
+    def own_runs(self) -> tuple[PriorRun, ...]:
+        """This run's mechanisms, one for each phase, without the runs before it."""
         if not self.phases:
             own = PriorRun(self.run_id, self.sample_rate, self.noise_multiplier, self.charged_steps, self.insecure)
-            return (*self.prior, own)
+            return (own,)
         parts = [
             PriorRun(
                 phase_run_id(self.run_id, index),
@@ -222,7 +228,7 @@ class PrivacyStatement:
             )
             for index, phase in enumerate(self.phases)
         ]
-        return (*self.prior, *parts)
+        return tuple(parts)
 
     def recompute_epsilon(self) -> float:
         """Epsilon by the accountant installed here, from the mechanisms alone."""
@@ -250,14 +256,17 @@ class PrivacyStatement:
         fields["prior"] = [run.to_dict() for run in self.prior]
         fields["numeric_caveats"] = list(self.numeric_caveats)
         fields["trainable_share"] = self.trainable_share
-        phases = [phase.to_dict() for phase in fields.pop("phases")]
+        phases, ledger = [phase.to_dict() for phase in fields.pop("phases")], fields.pop("ledger")
         ordered = {name: fields.pop(name) for name in _ORDER} | ({"phases": phases} if phases else {})
+        ordered |= {"ledger": ledger} if ledger is not None else {}
         assert not fields
         return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **ordered}
 
     def to_json(self) -> str:
-        """The statement as indented JSON text, ending in a newline."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        """The statement as indented JSON text, ending in a newline; its SHA-256 last, against damage, not against forgery."""
+        content = self.to_dict()
+        signed = {**content, _CHECKSUM: json_digest(json.loads(json.dumps(content, allow_nan=False)))}
+        return json.dumps(signed, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_dict(cls, content: object, where: str = "The privacy statement") -> PrivacyStatement:
@@ -276,7 +285,7 @@ class PrivacyStatement:
             )
         given = {name: value for name, value in content.items() if name not in ("schema", "schema_version")}
         missing = [name for name in _ORDER if name not in given]
-        unknown = sorted(given.keys() - {*_ORDER, "phases"})
+        unknown = sorted(given.keys() - {*_ORDER, "phases", "ledger"})
         if missing or unknown:
             parts = [f"lacks {', '.join(missing)}"] if missing else []
             if unknown:
@@ -302,7 +311,8 @@ class PrivacyStatement:
 
     @classmethod
     def from_json(cls, text: str, where: str = "The privacy statement") -> PrivacyStatement:
-        """The statement from JSON text; NaN, Infinity and repeated fields are refused.
+        """The statement from JSON text; NaN, Infinity, repeated fields and a wrong checksum are refused. A text without a
+        checksum is not: then only what contradicts itself is.
 
         Raises:
             PrivacyError: see ``from_dict``.
@@ -323,6 +333,10 @@ class PrivacyStatement:
             content = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
         except (ValueError, RecursionError):
             raise PrivacyError(f"{where} is not JSON. It is damaged; restore the original.") from None
+        if isinstance(content, dict) and _CHECKSUM in content and content.pop(_CHECKSUM) != json_digest(content):
+            raise PrivacyError(
+                f"{where} does not have its own checksum. It is damaged or was edited; restore the original."
+            )
         return cls.from_dict(content, where)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -391,6 +405,13 @@ class PrivacyStatement:
             "Run": self.run_id,
         }
         lines += [f"- {name}: {value}" for name, value in rows.items()]
+        if self.ledger is not None:
+            about = self.ledger
+            total = "infinity" if about["epsilon"] is None else format_epsilon(about["epsilon"])
+            lines.append(
+                f"- Ledger of the dataset: epsilon = {total} at delta = {about['delta']:g} for all its runs, this one among "
+                f"them; line {about['lines']} of {about['ledger_id']} is {about['sha256']}"
+            )
         if self.phases:
             lines += ["", "Phases, one noise multiplier and one epsilon for all:", ""]
             lines += [f"{number}. {_phase_line(phase)}" for number, phase in enumerate(self.phases, 1)]
@@ -547,9 +568,25 @@ def _validate(statement: PrivacyStatement) -> None:
         )
     accounting.resolve_prior(s.prior)
     _validate_phases(s)
+    _validate_ledger(s.ledger)
     require("numeric_caveats", all(isinstance(c, str) and c for c in s.numeric_caveats), "sentences")
     if s.insecure and INSECURE_CAVEAT not in s.numeric_caveats:
         raise PrivacyError("The privacy statement of an insecure run must say so in numeric_caveats.")
+
+
+def _validate_ledger(head: object) -> None:
+    if head is None:
+        return
+    names = {"ledger_id", "lines", "sha256", "epsilon", "delta"}
+    if not isinstance(head, dict) or head.keys() != names:
+        raise PrivacyError(
+            f"In a privacy statement ledger must be an object with the fields {', '.join(sorted(names))}."
+        )
+    sound = isinstance(head["ledger_id"], str) and isinstance(head["sha256"], str) and _whole(head["lines"])
+    sound = sound and re.fullmatch("[0-9a-f]{64}", head["sha256"]) is not None and head["lines"] >= 1
+    sound = sound and (head["epsilon"] is None or (_number(head["epsilon"]) and head["epsilon"] >= 0))
+    if not sound or not _number(head["delta"]) or not 0 < head["delta"] < 1:
+        raise PrivacyError("In a privacy statement ledger holds a value that is not usable.")
 
 
 def _validate_phases(s: PrivacyStatement) -> None:

@@ -22,11 +22,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from scipy.special import ndtri  # type: ignore[import-untyped, unused-ignore]
 
 from dpbitfit_fx.errors import PrivacyError
-from dpbitfit_fx.files import atomic_write_text, describe_os_error, read_text
+from dpbitfit_fx.files import atomic_write_text, describe_os_error, json_digest, read_text
 
 KEY_BYTES: Final = 32
 MAX_STEP: Final = 2**63 - 1
-_FORMAT: Final = "dpbitfit_fx.secret_key.v1"
+_FORMAT: Final = "dpbitfit_fx.secret_key.v2"
 _DOMAIN: Final = b"dpbitfit_fx/randomness/v1"
 _INFO_BYTES: Final = 256
 
@@ -138,7 +138,7 @@ class SecretKey:
         """
         self._require()
         content = {"format": _FORMAT, "insecure": self._insecure, "key": bytes(self._bytes).hex()}
-        atomic_write_text(path, json.dumps(content) + "\n", mode=0o600)
+        atomic_write_text(path, json.dumps(content | {"check": json_digest(content)[:16]}) + "\n", mode=0o600)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], require_private: bool = True) -> SecretKey:
@@ -164,9 +164,11 @@ class SecretKey:
         )
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise damaged from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise damaged
+        if content.pop("check", None) != json_digest(content)[:16]:
             raise damaged
         secret, insecure = content.get("key"), content.get("insecure")
         if not isinstance(secret, str) or not isinstance(insecure, bool):

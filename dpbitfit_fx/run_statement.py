@@ -64,11 +64,13 @@ def statement_of_stopped(
     return make_statement(mechanism, ledger, step, taken)
 
 
-def go_on_as(mechanism: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def go_on_as(mechanism: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """The statement goes on naming the run that began; noise from a known seed stays insecure for ever."""
     statement, theirs = mechanism["statement"], saved["statement"]
     statement["run_id"] = theirs["run_id"]
     statement["insecure"] = statement["insecure"] or theirs["insecure"]
+    if "ledger" in saved and "ledger" in mechanism:
+        mechanism["ledger"] = saved["ledger"]  # where it stood when the run began
 
 
 def make_statement(

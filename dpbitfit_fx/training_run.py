@@ -19,6 +19,7 @@ from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
 from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, make_statement, statement_of_stopped
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -55,12 +56,13 @@ class TrainingRun:
         fingerprint: dict[str, Any],
         store: CheckpointStore | None,
         checkpoint_every: int,
+        account: RunAccount,
         average_from: float | None = None,
     ) -> None:
-        self.stages = tuple(stages)
+        self.stages, self.account = tuple(stages), account
         self.key, self.store, self.checkpoint_every = key, store, checkpoint_every
         phases = [{"sampler": stage.sampler.to_dict(), "record": stage.record} for stage in stages]
-        self.mechanism = mechanism | {"phases": phases}
+        self.mechanism = account.named(mechanism | {"phases": phases})
         self.fingerprint = fingerprint | {"phases": [stage.fingerprint for stage in stages]}
         self.ledger = ledger_of(self.mechanism)
         self.step = 0
@@ -103,11 +105,16 @@ class TrainingRun:
         if phase != self.phase:
             self._enter(phase)
 
+    def reserve(self) -> None:
+        """The whole of what the run may spend, in its ledger, where it has one."""
+        self.account.reserve(self.mechanism, self.ledger.at_most())
+
     # -- one step -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """One logical step: draw, clip, journal, noise, optimizer. Control flow depends on public values only, except
         that a replayed step whose clipped sum changed (so: data or machine changed) is charged."""
+        self.account.require()
         self._settle()
         engine = self.stage.engine
         accumulator = engine.drawn_sum(self.key, self.step)
@@ -130,6 +137,7 @@ class TrainingRun:
 
     def charge(self, lost: int) -> None:
         """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
+        self.account.reserve(self.mechanism, self.ledger.at_most(self.step, lost))
         self.ledger.charge(self.step, lost)
         self.pending = {}
         old, self.key = self.key, self.key.renewed()
@@ -203,6 +211,7 @@ class TrainingRun:
 
         Raises CheckpointError, and changes nothing, where it cannot be continued at all.
         """
+        self.account.check_resumed(state.mechanism)
         if comparable(state.mechanism) != comparable(self.mechanism):
             raise CheckpointError(
                 "The output folder holds an unfinished run under another privacy plan (noise, sample rate, phases, "

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from dpbitfit_fx.errors import ExportError  # noqa: E402
 from dpbitfit_fx.onnx_cuda import cuda_kernels, left_to_cpu, tables  # noqa: E402
-from dpbitfit_fx.onnx_export import SGD, AdamW, export_update, layout_of, save_model  # noqa: E402
+from dpbitfit_fx.onnx_export import SGD, AdamW, export_update, layout_of  # noqa: E402
+from dpbitfit_fx.onnx_weights import save_models  # noqa: E402
 from dpbitfit_fx.ort_export import optimizer_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def test_a_transposed_convolution_that_is_padded_unevenly_is_left_to_the_cpu(pad
 @pytest.mark.parametrize("optimizer", [SGD(), AdamW()])
 def test_every_update_and_optimizer_graph_runs_on_cuda_whole(optimizer: Any, tmp_path: Path) -> None:
     step = zoo.compile_case(zoo.cases()["mlp"]).with_noise(1.0, 4.0)
-    save_model(export_update(step, optimizer, layout_of(step)), tmp_path, "update_step.onnx", external=False)
+    save_models({"update_step.onnx": export_update(step, optimizer, layout_of(step))}, tmp_path)
     onnx.save(optimizer_model(optimizer, 3, 4.0), tmp_path / "optimizer_model.onnx")
     found = left_to_cpu(tmp_path)
     assert found["update_step.onnx"] == {release: [] for release in RELEASES}

@@ -188,10 +188,10 @@ def test_another_weight_is_written_and_the_earlier_file_is_not_written_into(
 
 def model_with(array: Any) -> ir.Model:
     """x + array, the array an initializer."""
-    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, list(array.shape)) for n in "xy"]
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, list(array.shape)) for n in "xy")
     node, held = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.numpy_helper.from_array(array, "w")
     return ir.serde.deserialize_model(
-        onnx.helper.make_model(onnx.helper.make_graph([node], "g", *[[i] for i in info], [held]))
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y], [held]))
     )
 
 

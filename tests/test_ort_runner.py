@@ -34,6 +34,7 @@ from dpbitfit_fx.biases import read_biases
 from dpbitfit_fx.cli import app
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
 from dpbitfit_fx.files import sha256_file
+from dpbitfit_fx.ledger import Ledger
 from dpbitfit_fx.ort_backends import PlainBackend
 from dpbitfit_fx.ort_export import export_ort_training
 from dpbitfit_fx.ort_runner import OrtTrainer, Schedule
@@ -439,6 +440,82 @@ def test_what_onnx_runtime_says_of_a_record_is_not_repeated(
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(PrivacyError, match="constant, linear"):
         Schedule("cosine")
+
+
+# -- the ledger --------------------------------------------------------------------------------------------------------
+
+
+def charged(ledger: Ledger) -> list[tuple[int, ...]]:
+    return [books.charged for books in ledger.read().runs.values()]
+
+
+def test_a_run_is_reserved_whole_settled_where_it_stops_and_counted_once_when_it_goes_on(
+    plain: Callable[..., OrtTrainer], tmp_path: Path
+) -> None:
+    ledger = Ledger.create(tmp_path / "ledger", target_epsilon=spent(14), target_delta=DELTA)
+    whole = finished(plain(tmp_path / "whole"))[0]
+    with plain(tmp_path / "out", ledger=ledger.path) as trainer:
+        assert charged(ledger) == [(12,)]
+        trainer.train(5)
+    assert charged(ledger) == [(5,)]
+    with pytest.raises(CheckpointError, match="Pass that ledger"):
+        plain(tmp_path / "out")
+    flat, statement = finished(plain(tmp_path / "out", ledger=ledger.path))
+    assert np.array_equal(flat, whole) and charged(ledger) == [(12,)]
+    assert statement.ledger == ledger.read().head().to_dict() and statement.ledger["epsilon"] == spent(12)
+    assert PrivacyStatement.load(tmp_path / "out") == statement
+    with pytest.raises(PrivacyError, match=r"does not allow this run.*2 steps at this noise"):
+        plain(tmp_path / "second", ledger=ledger.path)
+    assert os.listdir(tmp_path / "second") == [] and charged(ledger) == [(12,)]
+    assert finished(plain(tmp_path / "second", ledger=ledger.path, steps=2))[1].ledger["epsilon"] == spent(14)  # type: ignore[index]
+
+
+def test_steps_lost_on_top_of_the_plan_are_reserved_first_or_not_redrawn(
+    plain: Callable[..., OrtTrainer], tmp_path: Path
+) -> None:
+    for room, name in ((14, "enough"), (13, "too little")):
+        ledger = Ledger.create(tmp_path / f"{name}.ledger", target_epsilon=spent(room), target_delta=DELTA)
+        crashed(plain(tmp_path / name, ledger=ledger))  # checkpoint at 3; steps 3 and 4 were seen
+        assert charged(ledger) == [(5,)]
+        again = {"ledger": ledger, "learning_rate": 0.05}
+        if room == 14:
+            assert finished(plain(tmp_path / name, **again))[1].lost_steps == 2 and charged(ledger) == [(14,)]
+        else:
+            with pytest.raises(PrivacyError, match="does not allow"):
+                plain(tmp_path / name, **again)
+            assert charged(ledger) == [(5,)]
+            assert finished(plain(tmp_path / name, ledger=ledger))[1].lost_steps == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs SIGKILL, fork and /proc")
+def test_killed_without_torch_the_ledger_holds_the_whole_plan_until_the_run_is_done(
+    exports: Exports, zygote: Zygote, tmp_path: Path
+) -> None:
+    data = exports[0]["onnx"].parent / "data.npz"
+    for number, seconds in enumerate((0.05, 0.3, 0.8)):
+        ledger = Ledger.create(tmp_path / f"ledger{number}", target_epsilon=spent(STEPS) * 1.01, target_delta=DELTA)
+        out = tmp_path / f"out{number}"
+        plan = [
+            "--steps",
+            str(STEPS),
+            "--target-delta",
+            str(DELTA),
+            "--checkpoint-every",
+            "4",
+            "--ledger",
+            str(ledger.path),
+        ]
+        command = ["ort-train", str(exports[0]["onnx"]), "--data", str(data), "--output", str(out), *plan]
+        begun = zygote.run(command, lambda: bool(charged(ledger)))  # noqa: B023 - called at once
+        assert begun == -9 and charged(ledger) == [(STEPS,)], zygote.errors.read_text()
+        ended = zygote.run(command, after(seconds))
+        assert charged(ledger) == [(STEPS,)]
+        if ended == -9 and not (out / "privacy.json").exists():
+            assert zygote.run(command) == 0, zygote.errors.read_text()
+        else:
+            zygote.run(command)
+        assert charged(ledger) == [(STEPS,)] and json.loads((out / "privacy.json").read_text())["steps"] == STEPS
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

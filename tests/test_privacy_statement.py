@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -205,8 +204,8 @@ def test_truncated_or_overwritten_text_never_reads_as_another_guarantee(data: st
         read = PrivacyStatement.from_json(damaged)
     except PrivacyError:
         return
-    # Some edits leave a well-formed statement; then it says what its text says, and verify() guards epsilon.
-    assert read.to_dict() == json.loads(damaged) | {"trainable_share": read.trainable_share}
+    # Only what its checksum does not cover may differ: white space.
+    assert read == STATEMENT
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
