@@ -20,7 +20,7 @@ from .passes.clipping import AutomaticClipping, Clipping
 from .passes.joint_graph import AddedBias, DynamicLength, JointGraph, Noise, Source
 from .passes.lengths import resized
 from .passes.meaning import check_meaning
-from .passes.pipeline import CAPTURE, PIPELINE, RELEASE, Observer, run
+from .passes.pipeline import CAPTURE, MEANING, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
 from .randomness import SecretKey, stream
@@ -49,7 +49,7 @@ class PrivateStep:
         self.example_batch = source.example_batch
         self.backend, self._disable, self.precision = backend, disable, precision
         self._source, self._captured, self._observer = source, captured, observer
-        rest = run(PIPELINE[2:], captured, observer)
+        rest = run(PIPELINE[MEANING:], captured, observer)
         self.partial, self.update = rest, None
         if source.noise is not None:
             self.joint = run(RELEASE, rest, observer)
@@ -342,7 +342,7 @@ def compile(  # the name users of torch.compile expect
     public_tensors: bool = False,
     ghost_norms: bool | None = None,
     dropout: bool = False,
-    disable: Sequence[str] = (),
+    disable: str | Sequence[str] = (),
     precision: str = "float32",
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     observer: Observer | None = None,
@@ -360,8 +360,11 @@ def compile(  # the name users of torch.compile expect
     ``dropout=True`` leaves dropout on in the modules that are in train mode (call ``model.train()``, and ``.eval()`` on its
     BatchNorm layers): what they draw becomes an input, given for each record by :meth:`PrivateStep.dropout_masks`.
     Otherwise modules with dropout run in eval mode.
-    ``disable`` switches optimizations of the eager backend off by name: ``"packed_weights"`` (a second copy of the frozen
-    weights in the layout that the CPU multiplies fastest; ``report()`` tells its size). ``precision="bf16"`` multiplies
+    ``disable`` switches optimizations off by name; each leaves the numbers as they are but for rounding: ``"refusion"``
+    (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
+    ``"saved_inputs"`` (what the backward pass does not need is not kept for it) and, of the eager backend,
+    ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()``
+    tells its size). ``precision="bf16"`` multiplies
     with frozen weights in bfloat16 and does all else in float32, the clip and its sums included: about half the time on a
     CPU that has such products, the same sensitivity, gradients rounded to about three digits.
     ``dynamic_shapes`` says, as for ``torch.export``, which dimensions have the padded length, a **public** number:
@@ -370,6 +373,7 @@ def compile(  # the name users of torch.compile expect
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
+    disable = (disable,) if isinstance(disable, str) else tuple(disable)
     check_lowering(backend, disable, precision)
     if not isinstance(model, torch.nn.Module):
         raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
@@ -388,28 +392,39 @@ def compile(  # the name users of torch.compile expect
         )
     length = dynamic_length(dynamic_shapes, example_batch, model)
     source = Source(
-        model, loss_fn, example_batch, chosen, clip, noise, public_tensors, left_out, add_bias, ghost_norms, dropout, length
+        model,
+        loss_fn,
+        example_batch,
+        chosen,
+        clip,
+        noise,
+        public_tensors,
+        left_out,
+        add_bias,
+        ghost_norms,
+        dropout,
+        length,
     )
     # The caller's modes are not the model's: captured under no_grad it would have no gradient.
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)
     with warnings.catch_warnings(), modes[0], modes[1], modes[2]:
         warnings.simplefilter("ignore")
-        captured = _capture(source, observer)
-        step = PrivateStep(source, captured, observer, backend, tuple(disable), precision)
+        captured = _capture(source, observer, disable)
+        step = PrivateStep(source, captured, observer, backend, disable, precision)
     check_rows(step)
     return step
 
 
-def _capture(source: Source, observer: Observer | None) -> JointGraph:
+def _capture(source: Source, observer: Observer | None, disable: Sequence[str] = ()) -> JointGraph:
     """Captured and checked. Biases that an earlier run added are added ones again: same graph, same parameters."""
-    passes = (CAPTURE, *PIPELINE[:2])
+    passes = (CAPTURE, *PIPELINE[:MEANING])
     if not source.add_bias:
-        return run(passes, source, observer)
+        return run(passes, source, observer, disable)
     with bias_slots.taken_off(source.model) as kept:
-        captured = run(passes, source, observer) if kept else None
+        captured = run(passes, source, observer, disable) if kept else None
     if captured is not None and kept.keys() <= {b.name for b in captured.added}:
         return dataclasses.replace(captured, state={**captured.state, **kept})
-    return run(passes, source, observer)  # none, or some of them are no longer trained and stay as they are
+    return run(passes, source, observer, disable)  # none, or some of them are no longer trained and stay as they are
 
 
 # What the other rows may hold, in turn: a comparison with NaN is false, so NaN alone would hide a mix behind a threshold.

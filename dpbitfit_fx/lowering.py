@@ -15,10 +15,11 @@ from .errors import CompileRefused
 from .passes import facts
 from .passes.joint_graph import JointGraph
 from .passes.packing import Pack, pack, pack_weights
+from .passes.pipeline import LOWERING, OPTIONS, run
 from .passes.torch_private import has_bfloat16_products
 
 BACKENDS = ("eager", "inductor")
-OPTIMIZATIONS = ("packed_weights",)
+OPTIMIZATIONS = (*OPTIONS, "packed_weights")
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -104,6 +105,7 @@ def _version(x: torch.Tensor) -> int:
 class Lowered:
     """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
 
+    Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`).
     eager: products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds
     ``"packed_weights"``, with ``precision="bf16"`` as bfloat16. inductor: torch.compile, one graph for every batch size.
 
@@ -115,10 +117,10 @@ class Lowered:
         self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
     ) -> None:
         check_lowering(backend, disable, precision)
-        self.joint: JointGraph = partial
+        self.joint: JointGraph = run(LOWERING, partial, disable=disable)
         self.packs: tuple[Pack, ...] = ()
         if backend == "eager" and "packed_weights" not in disable:
-            self.joint, self.packs = pack_weights(partial, PRECISIONS[precision])
+            self.joint, self.packs = pack_weights(self.joint, PRECISIONS[precision])
             facts.partial(self.joint)
         module = self.joint.module
         self._call: Any = torch.compile(module, dynamic=True) if backend == "inductor" else module

@@ -33,6 +33,7 @@ class Report:
     dropped: tuple[str, ...] = ()
     dropout: tuple[str, ...] = ()
     padded_length: str = ""
+    optimized: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -60,6 +61,7 @@ class Report:
             for name, seconds, before, after in self.passes
         ]
         lines += [f"  slow  {operator}" for operator in self.slow]
+        lines += [f"  optimized  {what}" for what in self.optimized]
         if self.packed:
             lines += [
                 f"  packed  {len(self.packed)} products with frozen weights ({self.packed_bytes / 1e6:.1f} MB more memory)"
@@ -97,6 +99,7 @@ def make_report(model: Any, joint: JointGraph, lowered: Lowered) -> Report:
             for d in joint.draws
         ),
         padded_length=_padded_length(joint.length),
+        optimized=lowered.joint.optimized,
     )
 
 

@@ -193,7 +193,7 @@ class JointGraph:
     each of the ``added`` biases to a parameter that the model does not have. ``folded`` names the operators of the user's
     program that a rule of ours batched, ``slow`` those that it unrolled over time, ``dropped`` the assertions on values
     that were taken out, ``draws`` the random numbers of one sample, which the last batch inputs hold. ``length``: the public
-    dimensions of the batch that may vary, if any.
+    dimensions of the batch that may vary, if any. ``optimized``: what the optional passes did, for the report.
     """
 
     module: fx.GraphModule
@@ -213,6 +213,7 @@ class JointGraph:
     ghosts: tuple[tuple[str, str], ...] = ()
     draws: tuple[Draw, ...] = ()
     length: DynamicLength | None = None
+    optimized: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[Target, ...]:

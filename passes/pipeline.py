@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .capture import capture
 from .clip import clip
+from .dead_tokens import drop_dead_tokens
 from .errors import CompileRefused, DPBitFitError, PassError
 from .facts import PREDICATES
 from .ghost import ghost
@@ -16,6 +17,7 @@ from .joint_graph import Fact, JointGraph, Source, TrailEntry
 from .meaning import check_meaning
 from .noise import add_noise
 from .refusion import refuse_operators
+from .saved_inputs import drop_saved_inputs
 from .seal import seal, seal_partial
 
 Observer = Callable[[str, JointGraph | None, JointGraph], None]
@@ -23,17 +25,19 @@ Observer = Callable[[str, JointGraph | None, JointGraph], None]
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A rewrite or a proof: the facts it needs before and gives after."""
+    """A rewrite or a proof: the facts it needs before and gives after; ``option`` is the name that switches it off, if any."""
 
     name: str
     run: Callable[[Any], JointGraph]
     needs: frozenset[Fact] = frozenset()
     gives: frozenset[Fact] = frozenset()
+    option: str = ""
 
 
 CAPTURE = Pass("capture", capture, gives=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE}))
 PIPELINE = (
-    Pass("re-fuse", refuse_operators, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
+    Pass("re-fuse", refuse_operators, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE}), option="refusion"),
+    Pass("dead_tokens", drop_dead_tokens, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE}), option="dead_tokens"),
     Pass("check_meaning", check_meaning, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
     Pass("ghost", ghost, needs=frozenset({Fact.FUNCTIONAL, Fact.PER_SAMPLE})),
     Pass("clip", clip, needs=frozenset({Fact.PER_SAMPLE}), gives=frozenset({Fact.CLIPPED})),
@@ -43,11 +47,25 @@ RELEASE = (
     Pass("add_noise", add_noise, needs=frozenset({Fact.PARTIAL}), gives=frozenset({Fact.NOISED})),
     Pass("seal", seal, needs=frozenset({Fact.NOISED}), gives=frozenset({Fact.SEALED})),
 )
+LOWERING = (Pass("saved_inputs", drop_saved_inputs, needs=frozenset({Fact.PARTIAL}), option="saved_inputs"),)
+OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING) if item.option)
+# The meaning is checked once per model; what follows runs again for every noise.
+MEANING = 1 + [item.name for item in PIPELINE].index("check_meaning")
 
 
-def run(passes: tuple[Pass, ...], joint: JointGraph | Source, observer: Observer | None = None) -> JointGraph:
-    """Runs the passes; after each, every fact claimed so far is proved again, so the pass that breaks one is blamed."""
+def run(
+    passes: tuple[Pass, ...],
+    joint: JointGraph | Source,
+    observer: Observer | None = None,
+    disable: Collection[str] = (),
+) -> JointGraph:
+    """Runs the passes; after each, every fact claimed so far is proved again, so the pass that breaks one is blamed.
+
+    ``disable``: options that are switched off; their passes do not run and leave no trail.
+    """
     for item in passes:
+        if item.option and item.option in disable:
+            continue
         before = joint if isinstance(joint, JointGraph) else None
         missing = item.needs - (before.facts if before else frozenset())
         if missing:

@@ -18,24 +18,25 @@ from dpbitfit_fx.passes import facts, pipeline
 from dpbitfit_fx.passes.clipping import FlatClipping
 from dpbitfit_fx.passes.errors import CompileRefused, PassError, SealBroken
 from dpbitfit_fx.passes.joint_graph import Fact, JointGraph, Noise, Role, Source, copy_graph, finish
-from dpbitfit_fx.passes.pipeline import CAPTURE, PIPELINE, RELEASE, Pass, run
+from dpbitfit_fx.passes.pipeline import CAPTURE, MEANING, OPTIONS, PIPELINE, RELEASE, Pass, run
 
 aten = torch.ops.aten
 BATCH = (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1]))
-ORDER = ["capture", "re-fuse", "check_meaning", "ghost", "clip", "seal_partial", "add_noise", "seal"]
+ORDER = ["capture", "re-fuse", "dead_tokens", "check_meaning", "ghost", "clip", "seal_partial", "add_noise", "seal"]
+CLIP, SEAL = (next(p for p in PIPELINE if p.name == name) for name in ("clip", "seal_partial"))
 
 
 @pytest.fixture(scope="module")
 def captured() -> JointGraph:
     source = Source(mlp(), mlp_loss, BATCH, "bias", FlatClipping(1.0), Noise(1.0, 8.0))
-    return run((CAPTURE, *PIPELINE[:2]), source)
+    return run((CAPTURE, *PIPELINE[:MEANING]), source)
 
 
 @pytest.fixture(scope="module")
 def stages(captured: JointGraph) -> dict[str, JointGraph]:
     """The graph after each pass, by the pass's name."""
     seen = {"check_meaning": captured}
-    run((*PIPELINE[2:], *RELEASE), captured, lambda name, _old, new: seen.update({name: new}))
+    run((*PIPELINE[MEANING:], *RELEASE), captured, lambda name, _old, new: seen.update({name: new}))
     return seen
 
 
@@ -141,10 +142,23 @@ def test_a_pass_whose_needs_are_missing_does_not_run(stages: dict[str, JointGrap
     assert ran == []
 
 
+def test_a_pass_that_is_switched_off_leaves_no_trail_and_the_others_run() -> None:
+    source = Source(mlp(), mlp_loss, BATCH, "bias", FlatClipping(1.0))
+    joint = run((CAPTURE, *PIPELINE), source, disable=OPTIONS)
+    skipped = {p.name for p in PIPELINE if p.option}
+    assert skipped == {"re-fuse", "dead_tokens"}
+    assert [t.name for t in joint.trail] == [n for n in ORDER[:-2] if n not in skipped]
+
+
+def test_no_proof_can_be_switched_off() -> None:
+    proofs = {"capture", "check_meaning", "clip", "seal_partial", "add_noise", "seal"}
+    assert not any(p.option for p in (CAPTURE, *PIPELINE, *RELEASE) if p.name in proofs or p.gives)
+
+
 def test_a_rewrite_cannot_run_before_capture() -> None:
     source = Source(mlp(), mlp_loss, BATCH)
     with pytest.raises(PassError, match=r"Pass clip needs \['per_sample'\]; what ran before: \[\]"):
-        run((PIPELINE[3],), source)
+        run((CLIP,), source)
 
 
 BREAKERS: list[tuple[str, str, Any]] = [
@@ -174,7 +188,7 @@ def test_an_innocent_pass_after_a_guilty_one_is_not_blamed(captured: JointGraph)
     idle = Pass("idle", lambda joint: joint)
     guilty = rewrite("improve", wrap_output(aten.mul.Scalar, 2.0))
     with pytest.raises(PassError, match=r"Pass improve broke .*what ran before: .*'clip', 'idle'\]"):
-        run((PIPELINE[3], idle, guilty, PIPELINE[4]), captured)
+        run((CLIP, idle, guilty, SEAL), captured)
 
 
 def test_a_pass_that_claims_a_fact_it_did_not_establish_is_refused(captured: JointGraph) -> None:

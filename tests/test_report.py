@@ -74,7 +74,17 @@ def test_facts_passes_and_operators_are_those_of_the_sealed_graph(step: PrivateS
     report = step.report()
     assert set(report.facts) == {f.value for f in Fact}
     order = [name for name, *_ in report.passes]
-    assert order == ["capture", "re-fuse", "check_meaning", "ghost", "clip", "seal_partial", "add_noise", "seal"]
+    assert order == [
+        "capture",
+        "re-fuse",
+        "dead_tokens",
+        "check_meaning",
+        "ghost",
+        "clip",
+        "seal_partial",
+        "add_noise",
+        "seal",
+    ]
     calls = [n for n in step.joint.module.graph.nodes if n.op == "call_function"]
     assert sum(report.operators.values()) == len(calls)
     assert report.operators["aten.div.Scalar"] >= 1
@@ -94,7 +104,7 @@ def test_the_text_has_one_line_per_finding(step: PrivateStep) -> None:
     assert "  trained  shift [6] (by structure)" in lines
     assert "  unused by the loss  spare.bias" in lines
     assert "  assumed public  centre" in lines
-    assert sum(line.startswith("  pass ") for line in lines) == 8
+    assert sum(line.startswith("  pass ") for line in lines) == 9
     assert any(line.startswith("  near miss  table: ") for line in lines)
 
 

@@ -31,7 +31,7 @@ from zoo import POOL, Case, build, compile_case, in_dtype, loop, relative_errors
 from dpbitfit_fx.errors import CompileRefused
 from dpbitfit_fx.passes.joint_graph import Source
 from dpbitfit_fx.passes.meaning import run_joint
-from dpbitfit_fx.passes.pipeline import CAPTURE, PIPELINE, run
+from dpbitfit_fx.passes.pipeline import CAPTURE, MEANING, PIPELINE, run
 from dpbitfit_fx.passes.torch_private import tree_flatten
 
 BATCHES = {1: [4], 2: [5, 0], 3: [2, 5, 1], 17: [(5 * i + 1) % POOL for i in range(17)]}
@@ -116,7 +116,7 @@ def _loop64(case: Case, names: tuple[str, ...]) -> dict[str, torch.Tensor] | Non
 def _captured64(case: Case) -> Any:
     chosen = case.trainable if isinstance(case.trainable, str) else tuple(case.trainable)
     model, loss = build(case, torch.float64), in_dtype(case.loss, torch.float64)
-    return run((CAPTURE, *PIPELINE[:2]), Source(model, loss, case.rows([0, 1, 2, 3], torch.float64), chosen))
+    return run((CAPTURE, *PIPELINE[:MEANING]), Source(model, loss, case.rows([0, 1, 2, 3], torch.float64), chosen))
 
 
 def _largest(errors: torch.Tensor) -> float:
