@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpbitfit_fx.audit_bound import epsilon_lower_bound, largest_bound
+from dpbitfit_fx.audit_bound import split_guesses
 from dpbitfit_fx.audit_canaries import GradientCanaries, flip_coins, members_of, take_out
 from dpbitfit_fx.audit_report import AuditReport
 from dpbitfit_fx.audit_scores import (
@@ -36,7 +36,6 @@ from dpbitfit_fx.audit_scores import (
     Watcher,
     losses_of,
     score_by,
-    split_guesses,
 )
 from dpbitfit_fx.batching import ItemLayout, MapDataset, PhysicalBatches, global_random_state_kept, load_item
 from dpbitfit_fx.engine import Engine, build_engine
@@ -144,34 +143,18 @@ def audit(
     seen = Observed(np.asarray(steps), before, after, np.asarray(releases), coordinates)
     chosen = score or ("loss" if attack == "black-box" else "sum")
     scores = score_by(chosen, seen, count)
-    order = np.argsort(scores, kind="stable")
-    right = int(coins[order[count - k_in :]].sum() + (~coins[order[:k_out]]).sum())
-    return AuditReport(
+    return AuditReport.judge(
+        scores,
+        coins,
+        (k_in, k_out),
+        result.statement,
         attack=attack,
         score=chosen if isinstance(chosen, str) else getattr(chosen, "__name__", "custom"),
         released=released if watcher is not None else "final model",
-        canaries=count,
-        included=int(coins.sum()),
-        guesses_in=k_in,
-        guesses_out=k_out,
-        correct=right,
         confidence=confidence,
-        epsilon_lower_bound=epsilon_lower_bound(count, k_in + k_out, right, result.delta, confidence),
-        largest_bound=largest_bound(count, k_in + k_out, result.delta, confidence),
-        epsilon=result.epsilon,
-        delta=result.delta,
-        noise_multiplier=result.noise_multiplier,
-        sample_rate=result.statement.sample_rate,
-        steps=result.steps,
         records=len(others),
         made_up=attack == "gradient" or not isinstance(canaries, int),
-        insecure=result.statement.any_insecure,
-        graph_hash=result.statement.graph_hash,
-        run_id=result.statement.run_id,
-        backend=result.statement.backend,
         seconds=time.monotonic() - began,
-        scores=scores,
-        coins=coins,
     )
 
 

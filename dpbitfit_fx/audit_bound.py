@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 from dpbitfit_fx.errors import PrivacyError
 
-__all__ = ["epsilon_lower_bound", "largest_bound", "p_value"]
+__all__ = ["epsilon_lower_bound", "largest_bound", "p_value", "split_guesses"]
 
 _LARGEST_EPSILON = 64.0
 
@@ -76,6 +76,18 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
 def largest_bound(canaries: int, guesses: int, delta: float, confidence: float = 0.95) -> float:
     """What an audit of this size gives where every guess is right: no leak beyond it can be shown with it."""
     return epsilon_lower_bound(canaries, guesses, guesses, delta, confidence)
+
+
+def split_guesses(guesses: int | tuple[int, int] | None, count: int) -> tuple[int, int]:
+    """(k+, k-): how many of the highest scores are guessed in, and of the lowest out. Chosen before any score is seen."""
+    if guesses is None:
+        return max(1, count // 4), count // 4
+    chosen = (guesses - guesses // 2, guesses // 2) if isinstance(guesses, int) else tuple(guesses)
+    if len(chosen) != 2 or min(chosen) < 0 or not 1 <= sum(chosen) <= count:
+        raise PrivacyError(
+            f"guesses must be a number, or (in, out), of 1 to {count} guesses together; got {guesses!r}."
+        )
+    return chosen
 
 
 def _check(canaries: int, guesses: int, correct: int, delta: float) -> None:

@@ -45,8 +45,9 @@ def take_out(dataset: MapDataset, count: int, seed: int) -> tuple[MapDataset, Ma
 
 def members_of(others: MapDataset, canaries: MapDataset, coins: npt.NDArray[np.bool_]) -> MapDataset:
     """The others and the canaries that are in, behind them: no row number of another depends on a coin."""
-    inside: Any = Subset(canaries, [int(i) for i in np.flatnonzero(coins)])  # type: ignore[arg-type]
-    return ConcatDataset([others, inside]) if len(inside) else others  # type: ignore[list-item, return-value]
+    inside: Subset[Any] = Subset(canaries, [int(i) for i in np.flatnonzero(coins)])  # type: ignore[arg-type]
+    both: Any = [others, inside]
+    return ConcatDataset(both) if len(inside) else others  # type: ignore[return-value]
 
 
 class _Tagged(Subset[Any]):

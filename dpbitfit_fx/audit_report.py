@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbitfit_fx.accounting import format_epsilon
+from dpbitfit_fx.audit_bound import epsilon_lower_bound, largest_bound
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, ensure_output_folder
+from dpbitfit_fx.privacy_statement import PrivacyStatement
 
 __all__ = ["AuditReport"]
 
@@ -67,6 +69,44 @@ class AuditReport:
     seconds: float
     scores: npt.NDArray[np.float64] = field(repr=False, compare=False)
     coins: npt.NDArray[np.bool_] = field(repr=False, compare=False)
+
+    @classmethod
+    def judge(
+        cls,
+        scores: npt.NDArray[np.float64],
+        coins: npt.NDArray[np.bool_],
+        guesses: tuple[int, int],
+        statement: PrivacyStatement,
+        *,
+        confidence: float,
+        **about: Any,
+    ) -> AuditReport:
+        """Guesses (in, out) by the scores, compares them with the coins, and holds the run to its statement."""
+        count, (k_in, k_out) = len(coins), guesses
+        order = np.argsort(scores, kind="stable")
+        right = int(coins[order[count - k_in :]].sum() + (~coins[order[:k_out]]).sum())
+        return cls(
+            canaries=count,
+            included=int(coins.sum()),
+            guesses_in=k_in,
+            guesses_out=k_out,
+            correct=right,
+            confidence=confidence,
+            epsilon_lower_bound=epsilon_lower_bound(count, k_in + k_out, right, statement.delta, confidence),
+            largest_bound=largest_bound(count, k_in + k_out, statement.delta, confidence),
+            epsilon=statement.epsilon,
+            delta=statement.delta,
+            noise_multiplier=statement.noise_multiplier,
+            sample_rate=statement.sample_rate,
+            steps=statement.steps,
+            insecure=statement.any_insecure,
+            graph_hash=statement.graph_hash,
+            run_id=statement.run_id,
+            backend=statement.backend,
+            scores=scores,
+            coins=coins,
+            **about,
+        )
 
     @property
     def guesses(self) -> int:

@@ -20,7 +20,7 @@ from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.progress import StepInfo
 
-__all__ = ["SCORES", "Along", "Coordinates", "Observed", "Watcher", "losses_of", "score_by", "split_guesses"]
+__all__ = ["SCORES", "Along", "Coordinates", "Observed", "Watcher", "losses_of", "score_by"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -72,18 +72,6 @@ def score_by(score: str | Callable[[Observed], Floats], seen: Observed, count: i
     return np.where(np.isfinite(values), values, np.median(usable) if usable.size else 0.0)
 
 
-def split_guesses(guesses: int | tuple[int, int] | None, count: int) -> tuple[int, int]:
-    """(k+, k-): how many of the highest scores are guessed in, and of the lowest out. Chosen before any score is seen."""
-    if guesses is None:
-        return max(1, count // 4), count // 4
-    chosen = (guesses - guesses // 2, guesses // 2) if isinstance(guesses, int) else tuple(guesses)
-    if len(chosen) != 2 or min(chosen) < 0 or not 1 <= sum(chosen) <= count:
-        raise PrivacyError(
-            f"guesses must be a number, or (in, out), of 1 to {count} guesses together; got {guesses!r}."
-        )
-    return chosen
-
-
 # -- white-box --------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +104,8 @@ class Along:
         self.moved()
 
     def moved(self) -> None:
-        engine, found = self.engine, {}
+        engine = self.engine
+        found: dict[int, torch.Tensor] = {}
         with global_random_state_kept():
             for batch in engine.batches.split(range(engine.sampler.dataset_size), bytes(32)):
                 step = engine.compiled[batch.bucket]

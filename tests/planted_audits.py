@@ -19,9 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dpbitfit_fx.audit
-import dpbitfit_fx.fit
-from dpbitfit_fx.audit import AuditReport, Observed
+from dpbitfit_fx.audit import AuditReport, Observed, audit
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.passes.clipping import FlatClipping
 from dpbitfit_fx.randomness import SecretKey, Stream, stream
@@ -74,9 +72,7 @@ class Plan:
             "progress": False,
             "insecure_seed_for_tests": 100 + seed,
         }
-        return dpbitfit_fx.audit.audit(
-            network(), loss, records(), canaries=self.canaries, seed=seed, **(options | attack)
-        )
+        return audit(network(), loss, records(), canaries=self.canaries, seed=seed, **(options | attack))
 
 
 HALF = Plan(canaries=256, rate=0.5, noise=4.0, steps=16)  # epsilon 2.13

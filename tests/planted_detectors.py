@@ -6,6 +6,7 @@ and the draws of a `fit`. accounting: epsilon against closed forms. audit: tests
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable
@@ -187,10 +188,8 @@ def _text_engine(rows: list[dict[str, Any]], loss: Any) -> Engine:
 def resume() -> str | None:
     """A run that stops after a step that somebody saw, and goes on: bit for bit as if it had not stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with contextlib.suppress(Crash):
             run(folder, callbacks=[crash_at(8)])
-        except Crash:
-            pass
         stopped = run(folder)
     straight = run(None)
     if stopped.charged_steps:
@@ -201,10 +200,8 @@ def resume() -> str | None:
 def resume_under_another_plan() -> str | None:
     """A run that stops after a step that somebody saw, and goes on with another optimizer: that step is charged."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with contextlib.suppress(Crash):
             run(folder, callbacks=[crash_at(8)])
-        except Crash:
-            pass
         changed = run(folder, learning_rate=0.05)
     return None if changed.charged_steps else "steps that were seen are taken again, and nobody pays"
 
