@@ -108,6 +108,8 @@ def audit(
     count = canaries if isinstance(canaries, int) else len(canaries)
     if isinstance(canaries, bool) or count < 1:
         raise DataError(f"An audit needs at least one canary; got {canaries!r}.")
+    if attack == "gradient" and not isinstance(canaries, int):
+        raise DataError("Gradient canaries are made up here: give their number, or audit with attack='white-box'.")
     k_in, k_out = split_guesses(guesses, count)
     for_coins, for_canaries = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
     trained = copy.deepcopy(model)
@@ -123,7 +125,7 @@ def audit(
     options.setdefault("dataset_size", len(dataset) + (0 if others is not dataset else count))
     watcher, train_loss, before, coordinates = None, loss_fn, np.zeros(count), np.zeros(0, np.int64)
     if attack == "black-box":
-        before = losses_of(trained, loss_fn, _batches(theirs, trained, options))
+        before = losses_of(trained, loss_fn, _batches(theirs, trained, options), progress=progress)
     else:
         engine = _engine(trained, loss_fn, theirs, options)
         parameters, directions = engine.update.parameters(), None
@@ -138,7 +140,11 @@ def audit(
     coins = flip_coins(count, for_coins)
     result = fit(trained, train_loss, members_of(others, theirs, coins), callbacks=callbacks, **options)
 
-    after = losses_of(trained, loss_fn, _batches(theirs, trained, options)) if attack == "black-box" else before
+    after = (
+        losses_of(trained, loss_fn, _batches(theirs, trained, options), progress=progress)
+        if attack == "black-box"
+        else before
+    )
     steps, releases = ([], []) if watcher is None else (watcher.steps, watcher.releases)
     seen = Observed(np.asarray(steps), before, after, np.asarray(releases), coordinates)
     chosen = score or ("loss" if attack == "black-box" else "sum")

@@ -47,7 +47,7 @@ def members_of(others: MapDataset, canaries: MapDataset, coins: npt.NDArray[np.b
     """The others and the canaries that are in, behind them: no row number of another depends on a coin."""
     inside: Subset[Any] = Subset(canaries, [int(i) for i in np.flatnonzero(coins)])  # type: ignore[arg-type]
     both: Any = [others, inside]
-    return ConcatDataset(both) if len(inside) else others  # type: ignore[return-value]
+    return ConcatDataset(both) if len(inside) else others
 
 
 class _Tagged(Subset[Any]):

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from dpbitfit_fx.batching import PhysicalBatches, global_random_state_kept
@@ -161,6 +163,7 @@ def losses_of(
     loss_fn: Callable[[Any, Any], torch.Tensor],
     batches: Callable[[int], PhysicalBatches],
     rows: int = 32,
+    progress: bool = False,
 ) -> Floats:
     """The loss of every record of `batches(rows per batch)`, the model in eval mode. PRIVATE where the records are."""
     modes = {module: module.training for module in model.modules()}
@@ -168,14 +171,20 @@ def losses_of(
     found: dict[int, float] = {}
     try:
         model.eval()
-        with global_random_state_kept(), torch.no_grad():
+        with global_random_state_kept(), torch.no_grad(), _bar(progress) as bar:
+            task = bar.add_task("losses of the canaries", total=len(chosen.dataset))
             for batch in chosen.split(range(len(chosen.dataset)), bytes(32)):
                 losses = loss_fn(model, batch.batch)
                 if losses.dim() == 0 and rows > 1:  # their mean or sum
-                    return losses_of(model, loss_fn, batches, 1)
+                    return losses_of(model, loss_fn, batches, 1, progress)
                 values = losses.double().reshape(-1).tolist()
                 found |= dict(zip(batch.rows, values, strict=False))
+                bar.advance(task, len(batch.rows))
     finally:
         for module, training in modes.items():
             module.training = training
     return np.asarray([found[row] for row in range(len(found))])
+
+
+def _bar(shown: bool) -> Progress:
+    return Progress(console=Console(stderr=True), transient=True, disable=not shown)

@@ -58,7 +58,7 @@ class Plan:
     noise: float
     steps: int
 
-    def audit(self, seed: int = 1, **attack: Any) -> AuditReport:
+    def audit(self, seed: int | None = 1, **attack: Any) -> AuditReport:
         size = OTHERS + self.canaries
         options: dict[str, Any] = {
             "noise_multiplier": self.noise,
@@ -70,7 +70,7 @@ class Plan:
             "clipping": FlatClipping(R),
             "optimizer": sgd,
             "progress": False,
-            "insecure_seed_for_tests": 100 + seed,
+            "insecure_seed_for_tests": 100 + (seed or 0),
         }
         return audit(network(), loss, records(), canaries=self.canaries, seed=seed, **(options | attack))
 
@@ -122,7 +122,7 @@ def the_rate_of_a_physical_batch_is_stated(patch: pytest.MonkeyPatch) -> None:
 
     def make_statement(mechanism: Any, ledger: Any, step: int) -> Any:
         phases = [
-            {**p, "sampler": {**p["sampler"], "sample_rate": 16 / p["sampler"]["dataset_size"]}}
+            {**p, "sampler": {**p["sampler"], "sample_rate": min(1.0, 16 / p["sampler"]["dataset_size"])}}
             for p in mechanism["phases"]
         ]
         return real({**mechanism, "phases": phases}, ledger, step)
@@ -137,17 +137,20 @@ def the_rate_of_a_physical_batch_is_stated(patch: pytest.MonkeyPatch) -> None:
 def hard_examples_always_drawn(patch: pytest.MonkeyPatch) -> None:
     """Records with a large loss are added to every draw ("hard example mining"); all others are drawn by their coins."""
     hard: dict[int, list[int]] = {}
+    begin = Engine.__init__
+
+    def init(self: Engine, *args: Any) -> None:
+        begin(self, *args)
+        found = hard[id(self)] = []
+        for batch in self.batches.split(range(self.sampler.dataset_size), bytes(32)):
+            losses = self.update.loss_fn(self.update.model, batch.batch).detach()[: len(batch.rows)]
+            found += [row for row, value in zip(batch.rows, losses.tolist(), strict=True) if value > 100]
 
     def drawn_sum(self: Engine, key: SecretKey, step: int) -> Tensor:
-        if id(self) not in hard:
-            hard.clear()
-            found = hard[id(self)] = []
-            for batch in self.batches.split(range(self.sampler.dataset_size), bytes(32)):
-                losses = self.update.loss_fn(self.update.model, batch.batch).detach()[: len(batch.rows)]
-                found += [row for row, value in zip(batch.rows, losses.tolist(), strict=True) if value > 100]
         rows = sorted({*self.sampler.draw(key, step).tolist(), *hard[id(self)]})
         return self.clipped_sum(rows, stream(key, "records", step).bytes(32))
 
+    patch.setattr(Engine, "__init__", init)
     patch.setattr(Engine, "drawn_sum", drawn_sum)
 
 
@@ -158,7 +161,7 @@ def _without(noise: Callable[[int, int], Floats], seen: Observed) -> Floats:
     """The sum of the projections after a noise that the attacker can compute is subtracted."""
     steps, size = seen.releases.shape
     rest = seen.releases - np.stack([noise(step, size) for step in range(steps)]) * (4.0 * R / 136.0)
-    return -rest.sum(0)[seen.coordinates]
+    return np.asarray(-rest.sum(0)[seen.coordinates])
 
 
 @planted("dpbitfit_fx/randomness.py", HALF, "noise recomputed from guessed seeds, and subtracted")
@@ -252,7 +255,7 @@ def an_optimizer_hook_with_momentum_of_the_sums(patch: pytest.MonkeyPatch) -> No
         velocity[:] = [latest[0] if first else 0.9 * velocity[0] + latest[0]]
         with torch.no_grad():
             for name, step in self.stage.engine.update.unflatten(velocity[0]).items():
-                self.trainables[name] -= 1e-3 * step
+                self.trainables[name].sub_(1e-3 * step)
 
     patch.setattr(TrainingRun, "advance", advance)
 
@@ -275,7 +278,7 @@ def adam_with_second_moments_of_the_sums(patch: pytest.MonkeyPatch) -> Callable[
                 for parameter in self.param_groups[0]["params"]:
                     scale = self.moments[start : start + parameter.numel()].sqrt().view_as(parameter) + 1e-6
                     assert parameter.grad is not None
-                    parameter -= 1e-3 * parameter.grad / scale
+                    parameter.sub_(1e-3 * parameter.grad / scale)
                     start += parameter.numel()
 
     def build_optimizer(optimizer: Any, parameters: list[nn.Parameter], rate: float) -> Any:

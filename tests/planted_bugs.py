@@ -63,9 +63,7 @@ def planted(caught_by: str, where: str) -> Callable[[Patch], Patch]:
 # -- in the graph: the seal ---------------------------------------------------------------------------------------------
 
 
-def _noise_pass(
-    patch: pytest.MonkeyPatch, edit: Callable[[Any, torch.fx.Node, torch.fx.Node, torch.fx.Node], None]
-) -> None:
+def _noise_pass(patch: pytest.MonkeyPatch, edit: Callable[[Any, Any, Any, Any], None]) -> None:
     """Replaces the pass that adds noise by itself and an edit of (graph, sum + noise, scaled noise, quotient)."""
     real = RELEASE[0]
 
@@ -294,7 +292,7 @@ class _FoldedTanh(torch.autograd.Function):
 @planted("perturbation", "passes/*_rules.py")
 def a_folding_rule_that_mixes_rows(patch: pytest.MonkeyPatch) -> None:
     """The rule that folds the samples of tanh into one call subtracts their mean."""
-    patch.setitem(one_sample.RULES, aten.tanh.default, lambda x: _FoldedTanh.apply(x))
+    patch.setitem(one_sample.RULES, aten.tanh.default, lambda x: _FoldedTanh.apply(x))  # type: ignore[no-untyped-call]
 
 
 @planted("perturbation", "dpbitfit_fx/lowering.py")
@@ -535,7 +533,7 @@ def noise_without_tails(patch: pytest.MonkeyPatch) -> None:
 @planted("statistics", "dpbitfit_fx/randomness.py")
 def one_seed_for_the_noise_of_every_step(patch: pytest.MonkeyPatch) -> None:
     """The noise stream forgets the step number: every step has the same noise, and differences have none."""
-    real = ENGINE.stream  # type: ignore[attr-defined]
+    real = ENGINE.stream
     patch.setattr(ENGINE, "stream", lambda key, purpose, step: real(key, purpose, 0 if purpose == "noise" else step))
 
 
@@ -554,7 +552,7 @@ def noise_scale_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
 @planted("statistics", "dpbitfit_fx/engine.py")
 def noise_that_fades_with_the_steps(patch: pytest.MonkeyPatch) -> None:
     """sigma is halved after the first epoch, which the accountant does not know."""
-    real = ENGINE.stream  # type: ignore[attr-defined]
+    real = ENGINE.stream
 
     def faded(key: SecretKey, purpose: str, step: int) -> Any:
         made = real(key, purpose, step)

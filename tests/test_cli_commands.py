@@ -159,4 +159,6 @@ def test_audit_attacks_a_private_run_on_the_users_file_and_leaves_its_report(
     assert "lower bound" in done.stdout and "not a proof" in done.stdout
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert report["attack"] == "gradient" and report["epsilon_lower_bound"] <= report["epsilon"] <= 8
-    one_paragraph(invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual, "--attack", "x"), "attack")
+    one_paragraph(
+        invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual, "--attack", "x"), "attack"
+    )
