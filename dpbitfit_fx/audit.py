@@ -140,11 +140,9 @@ def audit(
     coins = flip_coins(count, for_coins)
     result = fit(trained, train_loss, members_of(others, theirs, coins), callbacks=callbacks, **options)
 
-    after = (
-        losses_of(trained, loss_fn, _batches(theirs, trained, options), progress=progress)
-        if attack == "black-box"
-        else before
-    )
+    after = before
+    if attack == "black-box":
+        after = losses_of(trained, loss_fn, _batches(theirs, trained, options), progress=progress)
     steps, releases = ([], []) if watcher is None else (watcher.steps, watcher.releases)
     seen = Observed(np.asarray(steps), before, after, np.asarray(releases), coordinates)
     chosen = score or ("loss" if attack == "black-box" else "sum")

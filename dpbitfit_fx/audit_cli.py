@@ -23,9 +23,12 @@ def audit_text(
     output: Annotated[Path, typer.Option(help="Receives audit.json, audit.txt and, with matplotlib, audit.png.")],
     target_epsilon: Annotated[float, typer.Option(help="What the run is to claim: the budget that is attacked.")],
     attack: Annotated[
-        str,
-        typer.Option(help="gradient (made-up canaries, the strongest), white-box or black-box (records as canaries)."),
-    ] = "gradient",
+        str | None,
+        typer.Option(
+            help="gradient (made-up canaries, the strongest; default), or records as canaries: white-box (of an export: "
+            "default, and the only one) or black-box."
+        ),
+    ] = None,
     canaries: Annotated[
         int,
         typer.Option(help="How many; of white-box and black-box, so many records are taken out of the file.", min=1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def audit_onnx(
     Args:
         canaries: how many records are taken out of the data, at random; or a sequence of made-up ones.
         guesses, confidence, seed: as for `audit`.
-        options: all else that `OrtTrainer` takes. dataset_size defaults to the data and all made-up canaries, in or out.
+        options: all else that `OrtTrainer` takes. N is that of the data and all canaries, in or out: it depends on no coin.
 
     Raises:
         ArtifactError, DataError, PrivacyError, SealBroken: before anything is trained.
@@ -62,13 +62,13 @@ def audit_onnx(
         theirs, others = list(canaries), rows
     chosen = split_guesses(guesses, len(theirs))
     coins = np.random.default_rng(for_coins).random(len(theirs)) < 0.5
-    options.setdefault("dataset_size", len(others) + len(theirs))
-    members = [*others, *(row for row, inside in zip(theirs, coins, strict=True) if inside)]
+    absent = len(others) + np.flatnonzero(~coins)
 
     manifest = read_manifest(artifacts)
     alone = _Alone(load_artifacts(artifacts, manifest), Records(manifest, theirs, options.get("pad_values")))
     steps: list[Array] = []
-    with OrtTrainer(artifacts, members, **options) as trainer:
+    with OrtTrainer(artifacts, [*others, *theirs], **options) as trainer:
+        trainer.run.records = _Present(trainer.records, absent)
         last = [trainer.flat()]
 
         def watch(info: Any) -> None:
@@ -100,6 +100,19 @@ def _as_rows(data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapp
     if len(sizes) != 1:
         raise DataError("The entries of the data set have different numbers of records.")
     return [{name: column[row] for name, column in data.items()} for row in range(sizes.pop())]
+
+
+class _Present(Records):
+    """Records without the absent ones. Whoever trains counts them in N and draws them, and finds nobody there: the size of
+    the data set is public, and must not tell of the coins."""
+
+    def __init__(self, records: Records, absent: Array) -> None:
+        super().__init__({"batch_inputs": records.inputs}, records.data, records.pad_values)
+        self.absent = {int(row) for row in absent}
+
+    def micro_batches(self, rows: Array, size: int) -> Iterator[tuple[dict[str, Array], Array]]:
+        there = [row for row in rows if int(row) not in self.absent]
+        return super().micro_batches(np.asarray(there, np.int64), size)
 
 
 class _Alone:

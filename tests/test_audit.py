@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_audits import HALF, Plan, loss, network, records
+from planted_audits import Plan, loss, network, records
 from scipy import stats
 from torch import nn
 
@@ -132,22 +132,22 @@ def test_the_model_of_the_caller_is_not_touched_and_the_claim_is_that_of_fit() -
 def wide(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Records with labels at random, in so many dimensions that each has a gradient of its own."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(60, generator=generator), torch.tensor(i % 2)) for i in range(count)]
+    return [(torch.randn(150, generator=generator), torch.tensor(i % 2)) for i in range(count)]
 
 
-@pytest.mark.parametrize(("attack", "steps"), [("white-box", 6), ("black-box", 30)])
-def test_records_are_canaries_too_taken_out_of_the_dataset_or_made_up(attack: str, steps: int) -> None:
+@pytest.mark.parametrize(("attack", "guesses"), [("white-box", (15, 15)), ("black-box", (0, 25))])
+def test_records_are_canaries_too_taken_out_of_the_dataset_or_made_up(attack: str, guesses: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(60, 8), nn.Tanh(), nn.Linear(8, 2))
-    options: dict[str, Any] = {"noise_multiplier": 0.05, "target_delta": 1e-4, "max_steps": steps, "progress": False}
-    options |= {"trainable": "all", "learning_rate": 0.03, "seed": 1, "insecure_seed_for_tests": 1}
-    own = audit(
-        model, loss, wide(50, 0), attack=attack, canaries=20, expected_batch_size=40, **(options | {"max_steps": 1})
-    )
+    model = nn.Sequential(nn.Linear(150, 8), nn.Tanh(), nn.Linear(8, 2))
+    options: dict[str, Any] = {"noise_multiplier": 0.05, "target_delta": 1e-4, "progress": False, "trainable": "all"}
+    options |= {"attack": attack, "seed": 1, "insecure_seed_for_tests": 1}
+    own = audit(model, loss, wide(50, 0), canaries=20, expected_batch_size=40, max_steps=1, **options)
     assert own.records == 30 and not own.made_up
-    made_up = audit(model, loss, wide(20, 1), attack=attack, canaries=wide(60, 2), expected_batch_size=60, **options)
-    assert made_up.records == 20 and made_up.made_up
-    assert made_up.correct >= 23, "nearly without noise, 30 guesses by chance are so often right in one of 400 runs"
+    options |= {"max_steps": 20, "expected_batch_size": 56, "optimizer": torch.optim.SGD, "learning_rate": 3.0}
+    made_up = audit(model, loss, wide(10, 1), canaries=wide(60, 2), guesses=guesses, **options)
+    assert made_up.records == 10 and made_up.made_up
+    chance = stats.binom.sf(made_up.correct - 1, made_up.guesses, 0.5)
+    assert chance < 0.01, "nearly without noise, the attack is better than coins"
     assert made_up.released == ("gradient" if attack == "white-box" else "final model")
 
 
@@ -244,7 +244,7 @@ def test_the_picture_is_a_png_where_matplotlib_is_installed_and_says_so_where_no
 
 
 def test_two_audits_without_a_seed_flip_other_coins() -> None:
-    coins = [HALF.audit(seed=None, canaries=64, max_steps=1, insecure_seed_for_tests=1).coins for _ in range(2)]
+    coins = [Plan(canaries=64, rate=0.5, noise=4.0, steps=1).audit(seed=None).coins for _ in range(2)]
     assert not np.array_equal(coins[0], coins[1])
 
 
