@@ -11,6 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .audit import AuditReport, audit
     from .biases import load_biases, save_biases
     from .clipping import AutomaticClipping, AutoVClipping, FlatClipping, PerLayerClipping
     from .compile import PrivateStep, compile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AuditReport": "audit",
     "AutoVClipping": "clipping",
     "AutomaticClipping": "clipping",
     "CompileRefused": "errors",
@@ -35,6 +37,7 @@ _HOMES = {
     "PrivacyWarning": "errors",
     "PrivateStep": "compile",
     "SealBroken": "errors",
+    "audit": "audit",
     "compile": "compile",
     "export_onnx": "onnx_export",
     "export_ort_training": "ort_export",
@@ -45,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AuditReport",
     "AutoVClipping",
     "AutomaticClipping",
     "CompileRefused",
@@ -56,6 +60,7 @@ __all__ = [
     "PrivacyWarning",
     "PrivateStep",
     "SealBroken",
+    "audit",
     "compile",
     "export_onnx",
     "export_ort_training",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dpbitfit_fx.audit_cli import audit_text
 from dpbitfit_fx.console import (
     EvalFile,
     LedgerFile,
@@ -21,14 +22,13 @@ from dpbitfit_fx.console import (
     TuningCovered,
 )
 from dpbitfit_fx.console import busy as _busy
+from dpbitfit_fx.console import clipping_of as _clipping
 from dpbitfit_fx.console import console as _console
 from dpbitfit_fx.console import names as _names
+from dpbitfit_fx.console import tokenised as _tokenised
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError, PrivacyError
 from dpbitfit_fx.ledger_cli import ledger as ledger_commands
 from dpbitfit_fx.ort_cli import ort_budget, ort_train
-
-if TYPE_CHECKING:
-    from dpbitfit_fx.data import TokenizedText
 
 __all__ = ["app", "main"]
 
@@ -65,24 +65,6 @@ app = typer.Typer(
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     del debug  # read from the context where errors are shown
-
-
-def _clipping(kind: str, max_grad_norm: float) -> Any:
-    from dpbitfit_fx.passes.clipping import KINDS
-
-    if kind not in KINDS:
-        raise PrivacyError(f"--clipping must be one of {', '.join(KINDS)}; got '{kind}'.")
-    return KINDS[kind](max_grad_norm=max_grad_norm)
-
-
-def _tokenised(table: Any, tokenizer: Any, longest: int, what: str) -> TokenizedText:
-    from rich.progress import Progress
-
-    from dpbitfit_fx.data import tokenize
-
-    with Progress(console=_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=len(table))
-        return tokenize(table, tokenizer, longest, lambda count: progress.advance(task, count))
 
 
 @app.command()
@@ -286,6 +268,7 @@ def export(
 
 
 app.command("ort-train")(ort_train)
+app.command("audit")(audit_text)
 app.command("ort-budget")(ort_budget)
 app.add_typer(ledger_commands, name="ledger")
 

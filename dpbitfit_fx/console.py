@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dpbitfit_fx.errors import DataError
+from dpbitfit_fx.errors import DataError, PrivacyError
+
+if TYPE_CHECKING:
+    from dpbitfit_fx.data import TokenizedText
 
 __all__ = [
     "EvalFile",
@@ -22,8 +25,10 @@ __all__ = [
     "Resume",
     "TuningCovered",
     "busy",
+    "clipping_of",
     "console",
     "names",
+    "tokenised",
 ]
 
 PhysicalBatchSize = Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")]
@@ -58,3 +63,21 @@ def names(text: str | None, option: str) -> list[str] | None:
     if not all(found):
         raise DataError(f"{option} must be names separated by commas, none of them blank.")
     return found
+
+
+def clipping_of(kind: str, max_grad_norm: float) -> Any:
+    from dpbitfit_fx.passes.clipping import KINDS
+
+    if kind not in KINDS:
+        raise PrivacyError(f"--clipping must be one of {', '.join(KINDS)}; got '{kind}'.")
+    return KINDS[kind](max_grad_norm=max_grad_norm)
+
+
+def tokenised(table: Any, tokenizer: Any, longest: int, what: str) -> TokenizedText:
+    from rich.progress import Progress
+
+    from dpbitfit_fx.data import tokenize
+
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=len(table))
+        return tokenize(table, tokenizer, longest, lambda count: progress.advance(task, count))

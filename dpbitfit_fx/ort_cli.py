@@ -99,7 +99,7 @@ def ort_train(
     with busy("reading the artifacts and the records"):
         manifest = read_manifest(artifacts, verify=False)  # OrtTrainer verifies every file, these among them
         ensure_output_folder(output)
-        reader = _Reader(artifacts, manifest, data, text_column, label_column, names(labels, "--labels"), tokenizer)
+        reader = Reader(artifacts, manifest, data, text_column, label_column, names(labels, "--labels"), tokenizer)
         private = reader.read(data)
         public, evaluator = None, None
         if eval_file is not None:
@@ -146,7 +146,7 @@ def ort_train(
     )
 
 
-class _Reader:
+class Reader:
     """The records of a file: arrays from .npz as they are, texts by the export's tokenizer and label set."""
 
     def __init__(

@@ -147,3 +147,18 @@ def test_debug_shows_the_error_itself(tmp_path: Path) -> None:
     result = invoke("--debug", "inspect", tmp_path / "nowhere")
     assert result.exit_code == 1
     assert type(result.exception).__name__ == "ArtifactError"
+
+
+def test_audit_attacks_a_private_run_on_the_users_file_and_leaves_its_report(
+    model_dir: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    plan = ["--target-epsilon", 8, "--target-delta", "1e-3", "--epochs", 0.5, "--expected-batch-size", 20]
+    usual = ["--labels", "pos,neg", "--padded-lengths", "4,8", "--physical-batch-size", 16, "--canaries", 24]
+    done = invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual)
+    assert done.exit_code == 0, done.output
+    assert "lower bound" in done.stdout and "not a proof" in done.stdout
+    report = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert report["attack"] == "gradient" and report["epsilon_lower_bound"] <= report["epsilon"] <= 8
+    one_paragraph(
+        invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual, "--attack", "x"), "attack"
+    )

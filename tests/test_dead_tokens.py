@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes import row_plan, row_wise
+from dpbitfit_fx.passes import row_wise
 from dpbitfit_fx.passes.row_wise import ATTENTION, ATTENTION_BACKWARD, Axis, moved
 from dpbitfit_fx.randomness import SecretKey
 
@@ -63,7 +63,7 @@ def block(read: Any, causal: bool = False) -> Block:
 def flops(step: dpb.PrivateStep, given: Any) -> int:
     with FlopCounterMode(display=False) as counter:
         step.per_sample_gradients(given)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def both(model: nn.Module, loss_fn: Any = loss, example: Any = None, **options: Any) -> list[dpb.PrivateStep]:
@@ -197,7 +197,7 @@ def test_a_wrong_rule_of_the_rewrite_is_caught_by_the_meaning_check(monkeypatch:
         return {0: axis, 1: axis} if node.target is aten._softmax_backward_data.default else right(node, axis, rows)
 
     assert dpb.compile(Mixed(), loss, batch())
-    monkeypatch.setattr(row_plan.row_wise, "operands", wrong)
+    monkeypatch.setattr(row_wise, "operands", wrong)
     with pytest.raises(dpb.CompileRefused, match="does not mean the same sample by sample"):
         dpb.compile(Mixed(), loss, batch())
 

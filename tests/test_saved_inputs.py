@@ -170,11 +170,12 @@ def test_the_pools_read_nothing_of_their_input_but_its_shape() -> None:
     g, small = torch.randn_like(out), torch.randn(2, 3, 1, 1)
     for fill in (float("nan"), 0.0):
         spoiled = torch.full((1, 1, 1, 1), fill).expand(x.shape)
-        for call in (
+        calls: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
             lambda y: aten.max_pool2d_with_indices_backward(g, y, [2, 2], [2, 2], [0, 0], [1, 1], False, index),
             lambda y: aten.avg_pool2d_backward(g, y, [2, 2], [2, 2], [0, 0], False, True, None),
             lambda y: aten._adaptive_avg_pool2d_backward(small, y),
-        ):
+        )
+        for call in calls:
             assert torch.equal(call(spoiled), call(x))
 
 
