@@ -20,7 +20,7 @@ from .passes.clipping import AutomaticClipping, Clipping
 from .passes.joint_graph import AddedBias, DynamicLength, JointGraph, Noise, Source
 from .passes.lengths import resized
 from .passes.meaning import check_meaning
-from .passes.pipeline import CAPTURE, MEANING, PIPELINE, RELEASE, Observer, run
+from .passes.pipeline import CAPTURE, DEAD, DEAD_TOKENS, MEANING, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
 from .randomness import SecretKey, stream
@@ -417,14 +417,28 @@ def compile(  # the name users of torch.compile expect
 
 def _capture(source: Source, observer: Observer | None, disable: Sequence[str] = ()) -> JointGraph:
     """Captured and checked. Biases that an earlier run added are added ones again: same graph, same parameters."""
-    passes = (CAPTURE, *PIPELINE[:MEANING])
     if not source.add_bias:
-        return run(passes, source, observer, disable)
+        return _checked(source, observer, disable)
     with bias_slots.taken_off(source.model) as kept:
-        captured = run(passes, source, observer, disable) if kept else None
+        captured = _checked(source, observer, disable) if kept else None
     if captured is not None and kept.keys() <= {b.name for b in captured.added}:
         return dataclasses.replace(captured, state={**captured.state, **kept})
-    return run(passes, source, observer, disable)  # none, or some of them are no longer trained and stay as they are
+    return _checked(source, observer, disable)  # none, or some of them are no longer trained and stay as they are
+
+
+def _checked(source: Source, observer: Observer | None, disable: Sequence[str]) -> JointGraph:
+    """Captured, and its meaning checked. An optimization that the check does not believe is left out, and the report says so."""
+    captured = run((CAPTURE, *PIPELINE[:DEAD_TOKENS]), source, observer, disable)
+    rest = PIPELINE[DEAD_TOKENS:MEANING]
+    try:
+        return run(rest, captured, observer, disable)
+    except CompileRefused:
+        if DEAD in disable:
+            raise
+    plain = run(rest, captured, observer, (*disable, DEAD))
+    return dataclasses.replace(
+        plain, optimized=(*plain.optimized, "dead tokens: left out, for the check of meaning refused the smaller graph")
+    )
 
 
 # What the other rows may hold, in turn: a comparison with NaN is false, so NaN alone would hide a mix behind a threshold.

@@ -51,6 +51,8 @@ LOWERING = (Pass("saved_inputs", drop_saved_inputs, needs=frozenset({Fact.PARTIA
 OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING) if item.option)
 # The meaning is checked once per model; what follows runs again for every noise.
 MEANING = 1 + [item.name for item in PIPELINE].index("check_meaning")
+DEAD = "dead_tokens"
+DEAD_TOKENS = [item.name for item in PIPELINE].index(DEAD)
 
 
 def run(

@@ -154,8 +154,8 @@ def operands(node: fx.Node, axis: Axis, rows: int) -> dict[int | str, Axis | Non
     """Which rows of its operands some rows of a result need: an axis, or None for all of it; None: not row-wise."""
     target: Any = node.target
     args: Any = node.args
-    if target is operator.getitem:
-        return {0: axis}
+    if target is operator.getitem:  # the other gradients of attention have keys where this one has queries
+        return {0: axis} if KEPT.get(args[0].target, args[1]) == args[1] else None
     if (
         target in MOVES - {aten.expand.default}
         or target in REDUCTIONS

@@ -12,9 +12,12 @@ from . import row_wise
 from .joint_graph import Extent, JointGraph, Role
 from .lengths import sizes_of
 from .row_plan import PADS, RowPlan, rows_at_capture
-from .row_wise import ATTENTION, ATTENTION_BACKWARD, MOVES, VIEWS, Axis
+from .row_wise import ATTENTION, ATTENTION_BACKWARD, MOVES, NORM_BACKWARD, VIEWS, Axis
 
 aten = torch.ops.aten
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
+# What a forward kernel saved: some backward kernels read its memory without looking at its strides.
+SAVED: dict[Any, tuple[int, int]] = {NORM_BACKWARD: (3, 4), ATTENTION_BACKWARD: (4, 5)}
 
 
 class NoSize(Exception):
@@ -180,6 +183,9 @@ class RowWriter:
         args: list[Any] = [self._operand(x, places.get(i)) for i, x in enumerate(node.args)]
         kwargs = {k: self._operand(x, places.get(k)) for k, x in node.kwargs.items()}
         shape = self._narrow_shape(node, axis)
+        for i in SAVED.get(node.target, ()):
+            if args[i].target is not operator.getitem:
+                args[i] = self._call(args[i], list(args[i].meta["shape"]), aten.clone.default, args[i], **CONTIGUOUS)
         if node.target in VIEWS or node.target is aten.expand.default:
             sizes = list(args[1])
             keeps = node.target is aten.expand.default and places[0] is not None

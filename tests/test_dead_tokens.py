@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes import row_wise
+from dpbitfit_fx.passes import pipeline, row_wise
+from dpbitfit_fx.passes.joint_graph import Source
 from dpbitfit_fx.passes.row_wise import ATTENTION, ATTENTION_BACKWARD, Axis, moved
 from dpbitfit_fx.randomness import SecretKey
 
@@ -124,6 +125,25 @@ def test_other_positions_and_weights_are_the_loops(read: str, trainable: str) ->
     assert_is_the_loop(on, batch())
 
 
+class ClassToken(nn.Module):
+    """Every row is read, but of the gradient behind the first norm only the projected patches' rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.token = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.block = Block(lambda x: x.mean(1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(torch.cat([self.token.expand(x.shape[0], -1, -1), self.project(x)], 1))
+
+
+def test_a_norm_whose_forward_is_whole_takes_the_backward_of_some_rows() -> None:
+    torch.manual_seed(0)
+    on, off = both(ClassToken(), trainable=["project.bias"])
+    assert flops(on, batch()) < flops(off, batch())
+    assert_is_the_loop(on, batch())
+
+
 def test_of_causal_attention_only_the_last_row_is_taken_alone_and_then_sees_every_key() -> None:
     last, middle = (both(block(READS[name], causal=True))[0] for name in ("last", "middle"))
     assert queries(last) == [1, 1] and queries(middle) == [LENGTH, LENGTH]
@@ -179,7 +199,12 @@ def test_a_classifier_of_transformers_with_padding_and_dropout_draws_and_sums_as
         assert on.report().optimized[0].startswith("dead tokens: 1 of 11 rows are read")
 
 
-def test_a_wrong_rule_of_the_rewrite_is_caught_by_the_meaning_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def captured(model: nn.Module) -> Any:
+    source = Source(model, loss, batch(), "bias")
+    return pipeline.run((pipeline.CAPTURE, *pipeline.PIPELINE[: pipeline.DEAD_TOKENS]), source)
+
+
+def test_a_rewrite_that_the_meaning_check_refuses_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,10 +221,13 @@ def test_a_wrong_rule_of_the_rewrite_is_caught_by_the_meaning_check(monkeypatch:
             return {0: axis}
         return {0: axis, 1: axis} if node.target is aten._softmax_backward_data.default else right(node, axis, rows)
 
-    assert dpb.compile(Mixed(), loss, batch())
+    assert not any("left out" in note for note in dpb.compile(Mixed(), loss, batch()).report().optimized)
     monkeypatch.setattr(row_wise, "operands", wrong)
+    step = dpb.compile(Mixed(), loss, batch())
+    assert any("left out" in note for note in step.report().optimized)
+    assert_is_the_loop(step, batch())
     with pytest.raises(dpb.CompileRefused, match="does not mean the same sample by sample"):
-        dpb.compile(Mixed(), loss, batch())
+        pipeline.run(pipeline.PIPELINE[pipeline.DEAD_TOKENS : pipeline.MEANING], captured(Mixed()))
 
 
 def test_a_reshape_takes_the_rows_where_the_numbers_say() -> None:
