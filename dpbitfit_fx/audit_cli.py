@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from dpbitfit_fx.console import PhysicalBatchSize, busy, clipping_of, console, names, tokenised
+from dpbitfit_fx.console import (
+    LedgerFile,
+    LedgerUser,
+    PhysicalBatchSize,
+    PriorFiles,
+    busy,
+    clipping_of,
+    console,
+    names,
+    tokenised,
+)
 from dpbitfit_fx.errors import DataError, PrivacyError
 
 if TYPE_CHECKING:
@@ -53,11 +63,16 @@ def audit_text(
         str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
     ] = None,
     exclude: Annotated[str | None, typer.Option(help="Name patterns that are not trained.")] = None,
+    prior: PriorFiles = None,
+    ledger: LedgerFile = None,
+    ledger_user: LedgerUser = None,
 ) -> None:
     """Attack a private run with canaries: a 95 % lower bound on epsilon beside the claimed one. A test, never a proof."""
     from dpbitfit_fx.files import ensure_output_folder
+    from dpbitfit_fx.ledger import Ledger
 
     ensure_output_folder(output)
+    budget = {"prior": list(prior or ()), "ledger": None if ledger is None else Ledger(ledger, who=ledger_user)}
     if (model / "manifest.json").is_file():
         if attack not in (None, "white-box"):
             raise PrivacyError(
@@ -70,7 +85,7 @@ def audit_text(
             "target_delta": target_delta,
             "physical_batch_size": physical_batch_size,
         }
-        _show(_audit_of_export(model, data, columns, {**how, **plan}), output)
+        _show(_audit_of_export(model, data, columns, {**how, **plan, **budget}), output)
         return
     if (labels is None) == (not labels_from_data):
         raise DataError("Declare the label set with --labels a,b,c, or take it from the data with --labels-from-data.")
@@ -107,6 +122,7 @@ def audit_text(
         learning_rate=learning_rate,
         padded_lengths={"input_ids": lengths, "attention_mask": lengths},
         pad_values={"input_ids": tokenizer.pad_token_id or 0},
+        **budget,
     )
     _show(report, output)
 

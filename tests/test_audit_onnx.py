@@ -92,7 +92,10 @@ def test_the_command_audits_an_export_and_needs_no_torch(exported: Path, tmp_pat
     np.savez(tmp_path / "data.npz", **columns)
     words = ["audit", exported, tmp_path / "data.npz", "--output", tmp_path / "out", "--target-epsilon", 8]
     words += ["--canaries", 30, "--target-delta", "1e-5"]
-    code = f"import sys\nsys.modules['torch'] = None\nfrom dpbitfit_fx.cli import app\napp({[str(w) for w in words]!r})"
+    code = (
+        f"import sys\nfrom dpbitfit_fx.cli import app\ntry:\n    app({[str(w) for w in words]!r})\n"
+        "finally:\n    assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "lower bound" in done.stdout and "not a proof" in done.stdout

@@ -154,8 +154,11 @@ def test_audit_attacks_a_private_run_on_the_users_file_and_leaves_its_report(
 ) -> None:
     plan = ["--target-epsilon", 8, "--target-delta", "1e-3", "--epochs", 0.5, "--expected-batch-size", 20]
     usual = ["--labels", "pos,neg", "--padded-lengths", "4,8", "--physical-batch-size", 16, "--canaries", 24]
-    done = invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual)
+    ledger = tmp_path / "ledger.jsonl"
+    assert invoke("ledger", "init", ledger, "--target-epsilon", 9, "--target-delta", "1e-3").exit_code == 0
+    done = invoke("audit", model_dir, csv_file, "--output", tmp_path / "out", *plan, *usual, "--ledger", ledger)
     assert done.exit_code == 0, done.output
+    assert [run["reserved"] for run in json.loads(invoke("ledger", "show", ledger, "--json").stdout)["runs"]] == [None]
     assert "lower bound" in done.stdout and "not a proof" in done.stdout
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert report["attack"] == "gradient" and report["epsilon_lower_bound"] <= report["epsilon"] <= 8
