@@ -116,7 +116,7 @@ def spent(steps: int) -> float:
 def test_the_page_shows_dp_accountings_epsilon_and_under_pythons_key_ends_with_pythons_biases(
     place: Path, site: Site, page: Page, tmp_path: Path
 ) -> None:
-    assert (place / "texts" / "grad_step.onnx.data").is_file(), "frozen weights are external data"
+    assert (place / "texts" / "weights.data").is_file(), "frozen weights are external data"
     opened(page, f"{site.address}?insecure-seed-for-tests={SEED}")
     assert "NO PRIVACY" in page.evaluate("document.body.innerText")
     page.choose_file("file", place / "texts.csv")
@@ -182,12 +182,12 @@ def said_epsilon(place: Path, steps: int) -> float:
 
 def test_weights_that_were_changed_never_train(place: Path, page: Page, tmp_path: Path) -> None:
     shutil.copytree(place / "texts", tmp_path / "changed")
-    data = bytearray((tmp_path / "changed" / "grad_step.onnx.data").read_bytes())
+    data = bytearray((tmp_path / "changed" / "weights.data").read_bytes())
     data[100] ^= 1
-    (tmp_path / "changed" / "grad_step.onnx.data").write_bytes(data)
+    (tmp_path / "changed" / "weights.data").write_bytes(data)
     with Site(place, tmp_path / "changed") as changed:
         opened(page, changed.address)
-        assert "grad_step.onnx.data was changed after the export" in page.text("problem")
+        assert "weights.data was changed after the export" in page.text("problem")
         assert page.evaluate("document.body.dataset.state") == "failed"
         assert page.evaluate("document.getElementById('start').disabled && document.getElementById('table').disabled")
 
