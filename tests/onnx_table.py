@@ -34,7 +34,7 @@ from dpbitfit_fx.onnx_export import IR_VERSION, OPSET, Core, export_core, export
 from dpbitfit_fx.ort_artifacts import WEIGHTS
 from dpbitfit_fx.ort_export import export_ort_training
 from dpbitfit_fx.ort_runner import load_artifacts
-from dpbitfit_fx.passes.torch_private import tree_flatten
+from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 
 BATCHES = {1: [4], 3: [2, 5, 1], 8: [(5 * i + 1) % POOL for i in range(8)]}
 LIMIT = 1e-4
@@ -75,13 +75,13 @@ def save_probes(step: Any, case: Case, folder: Path) -> None:
     arrays: dict[str, Any] = {"sizes": np.array(list(BATCHES))}
     for rows, index in BATCHES.items():
         batch = case.rows(index)
-        leaves = tree_flatten(batch)[0]
+        leaves, spec = tree_flatten(batch)
         mask = torch.ones(rows)
         given = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
         given |= {"sample_mask": mask.numpy(), "theta": theta, "accumulator": np.zeros(size, np.float32)}
         arrays |= {f"{rows}/in/{k}": v for k, v in given.items()}
         arrays[f"{rows}/out"] = step.accumulate(batch, mask, step.zero_accumulator()).numpy()
-        arrays[f"{rows}/room"] = np.array(contributions(step, _Tree(), batch, mask))  # type: ignore[arg-type]
+        arrays[f"{rows}/room"] = np.array(contributions(step, _Tree(spec), leaves, mask))  # type: ignore[arg-type]
     # SGD with a rate of 1 on theta = 0 moves by exactly the private gradient.
     generator = torch.Generator().manual_seed(0)
     total, noise = (torch.randn(size, generator=generator) for _ in range(2))
@@ -97,10 +97,13 @@ def save_probes(step: Any, case: Case, folder: Path) -> None:
 
 
 class _Tree:
-    """``contributions`` rebuilds the batch from leaves; ours is one already."""
+    """``contributions`` builds batches from rows of their leaves."""
 
-    def tree(self, batch: Any) -> Any:
-        return batch
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def tree(self, leaves: list[torch.Tensor]) -> Any:
+        return tree_unflatten(list(leaves), self.spec)
 
 
 def buffers(step: Any, folder: Path) -> float:
