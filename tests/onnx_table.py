@@ -31,9 +31,10 @@ from dpbitfit_fx.errors import CompileRefused, ExportError
 from dpbitfit_fx.onnx_check import contributions, relative_error
 from dpbitfit_fx.onnx_cuda import Need, needs, tables, without_kernel
 from dpbitfit_fx.onnx_export import IR_VERSION, OPSET, Core, export_core, export_onnx, flat_parameters, layout_of
+from dpbitfit_fx.ort_artifacts import WEIGHTS
 from dpbitfit_fx.ort_export import export_ort_training
 from dpbitfit_fx.ort_runner import load_artifacts
-from dpbitfit_fx.passes.torch_private import tree_flatten
+from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 
 BATCHES = {1: [4], 3: [2, 5, 1], 8: [(5 * i + 1) % POOL for i in range(8)]}
 LIMIT = 1e-4
@@ -74,13 +75,13 @@ def save_probes(step: Any, case: Case, folder: Path) -> None:
     arrays: dict[str, Any] = {"sizes": np.array(list(BATCHES))}
     for rows, index in BATCHES.items():
         batch = case.rows(index)
-        leaves = tree_flatten(batch)[0]
+        leaves, spec = tree_flatten(batch)
         mask = torch.ones(rows)
         given = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
         given |= {"sample_mask": mask.numpy(), "theta": theta, "accumulator": np.zeros(size, np.float32)}
         arrays |= {f"{rows}/in/{k}": v for k, v in given.items()}
         arrays[f"{rows}/out"] = step.accumulate(batch, mask, step.zero_accumulator()).numpy()
-        arrays[f"{rows}/room"] = np.array(contributions(step, _Tree(), batch, mask))  # type: ignore[arg-type]
+        arrays[f"{rows}/room"] = np.array(contributions(step, _Tree(spec), leaves, mask))  # type: ignore[arg-type]
     # SGD with a rate of 1 on theta = 0 moves by exactly the private gradient.
     generator = torch.Generator().manual_seed(0)
     total, noise = (torch.randn(size, generator=generator) for _ in range(2))
@@ -96,10 +97,13 @@ def save_probes(step: Any, case: Case, folder: Path) -> None:
 
 
 class _Tree:
-    """``contributions`` rebuilds the batch from leaves; ours is one already."""
+    """``contributions`` builds batches from rows of their leaves."""
 
-    def tree(self, batch: Any) -> Any:
-        return batch
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def tree(self, leaves: list[torch.Tensor]) -> Any:
+        return tree_unflatten(list(leaves), self.spec)
 
 
 def buffers(step: Any, folder: Path) -> float:
@@ -131,7 +135,7 @@ def examine(case: Case, second: Path | None, training: bool = True) -> Row:
                 pair = export_onnx(step, work / "pair", optimizer="sgd", tolerance=LIMIT)
             except ExportError as error:
                 return {**row, "reason": str(error), "seconds": time.perf_counter() - begin}
-            row["bytes"] = sum(f.stat().st_size for f in pair.glob("grad_step.onnx*"))
+            row["bytes"] = sum(f.stat().st_size for f in (pair / "grad_step.onnx", pair / WEIGHTS) if f.exists())
             row["operators"] = _operators(pair / "grad_step.onnx")
             row["needs"] = _needs([pair / "grad_step.onnx", pair / "update_step.onnx"])
             save_probes(step, case, pair)
@@ -270,6 +274,10 @@ def markdown(rows: list[Row], asked: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _again(row: Row, again: list[str]) -> bool:
+    return "all" in again or row["status"] in again or ("stale" in again and row.get("code") != version())
+
+
 def main(description: str | None, docs: Path) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", action="store_true", required=True)
@@ -283,7 +291,11 @@ def main(description: str | None, docs: Path) -> int:
     parser.add_argument(
         "--state", type=Path, default=ROOT / "build" / "onnx-zoo.jsonl", help="finished rows: a run resumes"
     )
-    parser.add_argument("--again", default="", help="statuses (comma-separated, or 'all') whose rows are made anew")
+    parser.add_argument(
+        "--again",
+        default="",
+        help="statuses (comma-separated), 'all', or 'stale' (made with other code): rows to make anew",
+    )
     parser.add_argument("--markdown", type=Path, help="default: docs/onnx-zoo.md for a run over all")
     options = parser.parse_args()
     every = collect()
@@ -298,11 +310,7 @@ def main(description: str | None, docs: Path) -> int:
         else {}
     )
     again = options.again.split(",")
-    waiting = (
-        []
-        if options.report
-        else [c for c in chosen if c.name not in rows or "all" in again or rows[c.name]["status"] in again]
-    )
+    waiting = [] if options.report else [c for c in chosen if c.name not in rows or _again(rows[c.name], again)]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
