@@ -72,7 +72,10 @@ def audit_text(
     from dpbitfit_fx.ledger import Ledger
 
     ensure_output_folder(output)
-    budget: dict[str, Any] = {"prior": list(prior or ()), "ledger": None if ledger is None else Ledger(ledger, who=ledger_user)}
+    budget: dict[str, Any] = {
+        "prior": list(prior or ()),
+        "ledger": None if ledger is None else Ledger(ledger, who=ledger_user),
+    }
     if (model / "manifest.json").is_file():
         if attack not in (None, "white-box"):
             raise PrivacyError(
