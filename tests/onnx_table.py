@@ -319,9 +319,11 @@ def main(description: str | None, docs: Path) -> int:
         with options.state.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    # Once, before the forks: the exporter reads the sources of its thousand ONNX functions at its first use.
-    torch.onnx.export(torch.nn.ReLU(), (torch.ones(1),), dynamo=True, opset_version=OPSET, verbose=False)
-    gc.freeze()  # a collection in a child would go through all that is here
+    if (
+        waiting
+    ):  # once, before the forks: the exporter reads the sources of its thousand ONNX functions at its first use
+        torch.onnx.export(torch.nn.ReLU(), (torch.ones(1),), dynamo=True, opset_version=OPSET, verbose=False)
+        gc.freeze()  # a collection in a child would go through all that is here
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
