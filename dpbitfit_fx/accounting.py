@@ -319,7 +319,7 @@ def epsilon_of_runs(runs: Iterable[PriorRun], target_delta: float) -> float:
 def most_steps(run: PriorRun, others: Iterable[PriorRun], target_epsilon: float, target_delta: float) -> int:
     """How many steps of ``run``, at most its own, keep it and ``others`` together within the target; 0 for none.
 
-    Maybe one or two too few: the search takes a coarser grid, which is quicker and never too low; the answer is checked.
+    The search takes a coarser grid, which is quicker and never too low; around its answer the accountant's own decides.
     """
     rest = tuple(others)
 
@@ -333,6 +333,8 @@ def most_steps(run: PriorRun, others: Iterable[PriorRun], target_epsilon: float,
         low, high = (middle, high) if fits(middle, 8.0) else (low, middle)
     while low and not fits(low, 1.0):
         low -= 1
+    for _ in range(3):
+        low += low < run.steps and fits(low + 1, 1.0)
     return low
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from dpbitfit_fx.passes.joint_graph import AddedBias
 
-FORMAT: Final = "dpbitfit_fx.biases.v1"
+FORMAT: Final = "dpbitfit_fx.biases.v2"  # with a checksum of all that the file holds
+_WITHOUT_CHECKSUM: Final = "dpbitfit_fx.biases.v1"
 MODEL_FINGERPRINT: Final = "model_fingerprint"
 FROZEN_FINGERPRINT: Final = "frozen_weights_sha256"
 ADDED_BIASES: Final = "added_biases"
@@ -163,13 +164,12 @@ def _read(
     except Exception:
         # safetensors' own exceptions differ by version; whatever it says, the file is unusable.
         raise damaged from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") not in (FORMAT, _WITHOUT_CHECKSUM):
         raise ArtifactError(
             f"{os.fspath(path)!r} is a safetensors file, but not one of trained biases written by this version of "
             f"dpbitfit_fx (its format is not {FORMAT!r}). Nothing was loaded."
         )
-    stated = metadata.get(_CHECKSUM)
-    if stated is not None and stated != _checksum(tensors, metadata):
+    if metadata["format"] == FORMAT and metadata.get(_CHECKSUM) != _checksum(tensors, metadata):
         raise damaged
     return tensors, {str(key): str(value) for key, value in metadata.items() if key != _CHECKSUM}
 

