@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .errors import CompileRefused, DPBitFitError, PrivacyWarning, SealBroken
     from .fit import FitResult, fit
     from .onnx_export import export_onnx
+    from .onnx_run import RunPhase, export_run
     from .ort_export import export_ort_training
+    from .ort_plan import Schedule
     from .phases import Phase
     from .rules import sample_rule
 
@@ -36,11 +38,14 @@ _HOMES = {
     "Phase": "phases",
     "PrivacyWarning": "errors",
     "PrivateStep": "compile",
+    "RunPhase": "onnx_run",
+    "Schedule": "ort_plan",
     "SealBroken": "errors",
     "audit": "audit",
     "compile": "compile",
     "export_onnx": "onnx_export",
     "export_ort_training": "ort_export",
+    "export_run": "onnx_run",
     "fit": "fit",
     "load_biases": "biases",
     "sample_rule": "rules",
@@ -59,11 +64,14 @@ __all__ = [
     "Phase",
     "PrivacyWarning",
     "PrivateStep",
+    "RunPhase",
+    "Schedule",
     "SealBroken",
     "audit",
     "compile",
     "export_onnx",
     "export_ort_training",
+    "export_run",
     "fit",
     "load_biases",
     "sample_rule",

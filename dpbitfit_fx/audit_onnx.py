@@ -16,7 +16,7 @@ import numpy as np
 from dpbitfit_fx.audit_bound import split_guesses
 from dpbitfit_fx.audit_report import AuditReport
 from dpbitfit_fx.errors import DataError, PrivacyError
-from dpbitfit_fx.ort_artifacts import read_manifest
+from dpbitfit_fx.ort_artifacts import phases_of, read_manifest
 from dpbitfit_fx.ort_backends import Array, Backend, load_artifacts
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.ort_runner import OrtTrainer
@@ -65,7 +65,13 @@ def audit_onnx(
     absent = len(others) + np.flatnonzero(~coins)
 
     manifest = read_manifest(artifacts)
-    alone = _Alone(load_artifacts(artifacts, manifest), Records(manifest, theirs, options.get("pad_values")))
+    if len(phases_of(manifest)) > 1:
+        raise PrivacyError(
+            "audit_onnx audits an export of one phase, and this run has several: the direction of a canary is another in each. "
+            "Audit the run in PyTorch with `audit`, or an export of each phase's step."
+        )
+    own = Records(manifest, theirs, options.get("pad_values"), options.get("padded_lengths"))
+    alone = _Alone(load_artifacts(artifacts, manifest), own)
     steps: list[Array] = []
     with OrtTrainer(artifacts, [*others, *theirs], **options) as trainer:
         trainer.run.records = _Present(trainer.records, absent)
@@ -108,11 +114,14 @@ class _Present(Records):
 
     def __init__(self, records: Records, absent: Array) -> None:
         super().__init__({"batch_inputs": records.inputs}, records.data, records.pad_values)
+        self.lengths = records.lengths
         self.absent = {int(row) for row in absent}
 
-    def micro_batches(self, rows: Array, size: int) -> Iterator[tuple[dict[str, Array], Array]]:
+    def micro_batches(
+        self, rows: Array, size: int | Sequence[int], longest: bool = False
+    ) -> Iterator[tuple[dict[str, Array], Array]]:
         there = [row for row in rows if int(row) not in self.absent]
-        return super().micro_batches(np.asarray(there, np.int64), size)
+        return super().micro_batches(np.asarray(there, np.int64), size, longest)
 
 
 class _Alone:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from dpbitfit_fx.errors import DataError
+from dpbitfit_fx.padding import bucket_lengths, bucket_of, named, pad_default, physical_sizes, split_by_bucket
 
 __all__ = ["ItemLayout", "Leaf", "MapDataset", "PhysicalBatch", "PhysicalBatches", "check_rows"]
 
@@ -186,33 +186,6 @@ def load_item(dataset: MapDataset, collate_fn: Callable[[list[Any]], Any] | None
 # -- the public layout ------------------------------------------------------------------------------------------------
 
 
-def _bucket_lengths(padded_lengths: Any) -> Mapping[str, tuple[int, ...]] | tuple[int, ...] | None:
-    if padded_lengths is None:
-        return None
-
-    def one(lengths: Any, name: str) -> tuple[int, ...]:
-        values = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        ascending = all(a < b for a, b in itertools.pairwise(values))
-        if not values or not all(type(v) is int and v > 0 for v in values) or not ascending:
-            raise DataError(f"{name} must be positive integers in ascending order, for example (16, 32, 64).")
-        return values
-
-    if not isinstance(padded_lengths, Mapping):
-        return one(padded_lengths, "padded_lengths")
-    mapping = {str(key): one(value, f"padded_lengths['{key}']") for key, value in padded_lengths.items()}
-    if len({len(value) for value in mapping.values()}) != 1:
-        raise DataError(
-            "padded_lengths gives several keys a different number of lengths. Bucket i pads every key to its i-th "
-            "length, so all of them need the same count."
-        )
-    return mapping
-
-
-def _named(path: str, names: Mapping[str, Any]) -> Any:
-    """The entry for a leaf by its whole path, else by its last component, else None."""
-    return names.get(path, names.get(path.rsplit("/", 1)[-1]))
-
-
 @dataclass(frozen=True)
 class ItemLayout:
     """The public shape of every record: what is padded, to which lengths, with what.
@@ -242,7 +215,7 @@ class ItemLayout:
 
         Raises DataError for lengths, pad values or names that fit nothing.
         """
-        lengths = _bucket_lengths(padded_lengths)
+        lengths = bucket_lengths(padded_lengths)
         tensors = {path: _as_tensor(leaf, "example_batch", path) for path, leaf in _leaves(template)}
         if not tensors:
             raise DataError("A record of the dataset holds no tensor or number at all.")
@@ -255,16 +228,16 @@ class ItemLayout:
                 )
             own: tuple[int, ...] | None = None
             if tensor.ndim >= 2 and isinstance(lengths, Mapping):
-                own = _named(path, lengths)
+                own = named(path, lengths)
             elif tensor.ndim >= 2 and isinstance(lengths, tuple):
                 # A public example tells fixed features from padded sequences; without one every sequence is padded.
                 own = lengths if not is_example or tensor.shape[1] in lengths else None
-            pad = _named(path, pads)
+            pad = named(path, pads)
             if pad is None and isinstance(pad_values, (int, float)):
                 pad = pad_values
             integer = not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
             if pad is None:
-                pad = -100 if integer and own is not None and path.rsplit("/", 1)[-1] == "labels" else 0
+                pad = pad_default(path, integer, own is not None)
             if integer and (not float(pad).is_integer() or not _fits(int(pad), tensor.dtype)):
                 raise DataError(f"pad_values: '{path}' has dtype {tensor.dtype}, which cannot hold {pad}.")
             leaves.append(Leaf(path, tuple(tensor.shape[1:]), tensor.dtype, own, pad))
@@ -354,13 +327,13 @@ class ItemLayout:
                     f"{where}: '{leaf.path}' differs from the declared shape in more than its length (dimension 1 of "
                     f"the batch); the other dimensions must be {leaf.shape[1:]}."
                 )
-            fitting = [i for i, length in enumerate(leaf.lengths) if length >= shape[0]]
-            if not fitting:
+            fitting = bucket_of(shape[0], leaf.lengths)
+            if fitting is None:
                 raise DataError(
                     f"{where}: '{leaf.path}' is longer than {leaf.lengths[-1]}, the largest of padded_lengths. "
                     f"Truncate that record, or declare a larger length."
                 )
-            bucket = max(bucket, fitting[0])
+            bucket = max(bucket, fitting)
         return bucket, found
 
 
@@ -399,13 +372,7 @@ class PhysicalBatches:
         self.layout = layout
         self.collate_fn = collate_fn
         count = layout.buckets
-        sizes = (physical_batch_size,) * count if isinstance(physical_batch_size, int) else tuple(physical_batch_size)
-        if len(sizes) != count or not all(type(size) is int and size >= 1 for size in sizes):
-            raise DataError(
-                f"physical_batch_size must be a positive integer, or one per padded length ({count} of them); "
-                f"it is {physical_batch_size!r}."
-            )
-        self.sizes = sizes
+        self.sizes = physical_sizes(physical_batch_size, count)
         self.mask_dtype = mask_dtype
         self.device = torch.device(device)
         batches = [layout.example_batch(bucket) for bucket in range(count)] if dummies is None else dummies
@@ -446,18 +413,13 @@ class PhysicalBatches:
 
         `secret` (32 bytes) seeds what a dataset or collator draws. Memory: at most one physical batch per bucket.
         """
-        waiting: list[list[dict[str, torch.Tensor]]] = [[] for _ in self.sizes]
-        numbers: list[list[int]] = [[] for _ in self.sizes]
-        for row in rows:
-            bucket, values = self.load(int(row), secret)
-            waiting[bucket].append(values)
-            numbers[bucket].append(int(row))
-            if len(waiting[bucket]) == self.sizes[bucket]:
-                yield self.assemble(bucket, waiting[bucket], numbers[bucket])
-                waiting[bucket], numbers[bucket] = [], []
-        for bucket, pending in enumerate(waiting):
-            if pending:
-                yield self.assemble(bucket, pending, numbers[bucket])
+
+        def load(row: int) -> tuple[int, tuple[int, dict[str, torch.Tensor]]]:
+            bucket, values = self.load(row, secret)
+            return bucket, (row, values)
+
+        for bucket, group in split_by_bucket((load(int(row)) for row in rows), self.sizes):
+            yield self.assemble(bucket, [values for _, values in group], [row for row, _ in group])
 
 
 @contextlib.contextmanager

@@ -76,9 +76,19 @@ def demo(
         Path | None, typer.Option(help="Where downloads are kept; default $DPBITFIT_CACHE or ~/.cache/dpbitfit.")
     ] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the linear probe and non-private bias tuning.")] = True,
+    without_pytorch: Annotated[
+        bool,
+        typer.Option("--without-pytorch", help="Only train: export the run, train it where torch cannot be imported."),
+    ] = False,
 ) -> None:
     """The whole main job on real input: MiniLM and movie reviews, privately, in PyTorch and ONNX Runtime."""
     from dpbitfit_fx.demo import run_demo
+
+    if without_pytorch:
+        from dpbitfit_fx.demo_ort import run_without_pytorch
+
+        run_without_pytorch(output, epsilon=epsilon, seeds=seeds, cache=cache, console=_console())
+        return
 
     run_demo(output, epsilon=epsilon, seeds=seeds, cache=cache, baselines=baselines, console=_console())
 
@@ -208,12 +218,17 @@ def export(
     format: Annotated[str, typer.Option(help="ort (ONNX Runtime Training) or onnx (plain ONNX).")] = "ort",
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     length: Annotated[int | None, typer.Option(help="Tokens per text; default: the longest padded length.")] = None,
+    padded_lengths: Annotated[
+        str | None, typer.Option(help="Public lengths such as 16,32,64 that one graph takes, in place of --length.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows of the made-up example batch.", min=2)] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a trained model's private step, checked against PyTorch, to train further without PyTorch."""
+    from dpbitfit_fx.data import parse_lengths
     from dpbitfit_fx.privacy_statement import PrivacyStatement
 
+    public = None if padded_lengths is None else parse_lengths(padded_lengths)
     if format not in ("ort", "onnx"):
         raise DPBitFitError(f"--format must be ort or onnx; got '{format}'.")
     if optimizer not in ("adamw", "sgd"):
@@ -233,7 +248,8 @@ def export(
         step = compile_step(
             network,
             text_loss,
-            made_up_batch(length or lengths[-1], _vocabulary(network), rows),
+            made_up_batch(public[-1] if public else length or lengths[-1], _vocabulary(network), rows),
+            dynamic_shapes=_free_length(public),
             trainable=trainable,
             exclude=described["exclude"],
             add_bias=described["add_bias"],
@@ -241,6 +257,8 @@ def export(
             noise_multiplier=statement.noise_multiplier,
             expected_batch_size=statement.expected_batch_size,
         )
+        for one in public or ():
+            step.check_length(one)
     plan: dict[str, Any] = {
         "optimizer": optimizer,
         "sample_rate": statement.sample_rate,
@@ -260,7 +278,7 @@ def export(
             folder = export_onnx(step, output, **plan)
         from dpbitfit_fx.ort_text import attach_text
 
-        attach_text(folder, tokenizer.backend_tokenizer.to_str(), labels, tokenizer.pad_token_id or 0)
+        attach_text(folder, tokenizer.backend_tokenizer.to_str(), labels, tokenizer.pad_token_id or 0, public)
     _console().print(
         f"{escape(str(folder))}: agrees with PyTorch. Training from it on the same records spends more budget; compose "
         f"it with `dpbitfit ort-train --prior {escape(str(run / 'privacy.json'))}`."
@@ -299,6 +317,16 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{folder / RUN_FILE}' is damaged: it does not describe a run of `dpbitfit train`.")
     found: dict[str, Any] = described
     return found
+
+
+def _free_length(lengths: tuple[int, ...] | None) -> dict[str, dict[int, Any]] | None:
+    """`dynamic_shapes` of texts whose padded length lies between the first and the last of these."""
+    if lengths is None:
+        return None
+    from torch.export import Dim
+
+    size = Dim("padded_length", min=lengths[0], max=lengths[-1])
+    return {name: {1: size} for name in ("input_ids", "attention_mask")}
 
 
 def _vocabulary(network: Any) -> int:

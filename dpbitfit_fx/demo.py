@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dpbitfit_fx.data import TextTable, TokenizedText
     from dpbitfit_fx.fit import FitResult, StepInfo
     from dpbitfit_fx.huggingface import MeanPooledClassifier
+    from dpbitfit_fx.onnx_run import RunPhase
     from dpbitfit_fx.phases import Phase
 
 __all__ = ["Asset", "Recipe", "fetch", "model_directory", "movie_reviews", "run_demo", "split"]
@@ -98,34 +99,56 @@ class Recipe:
 
     def schedule(self, steps: int) -> Callable[[int], float]:
         """step -> multiplier: a short linear warm-up, then linear to zero."""
-        rising = max(1.0, self.warmup * steps)
+        schedule = self.run_phases(steps=steps)[1].schedule
+        return lambda step: schedule.factor(step, steps)
 
-        def multiplier(step: int) -> float:
-            return min(1.0, (step + 1) / rising) * (1.0 - step / steps)
+    def run_phases(self, records: int = 10_000, steps: int | None = None) -> list[RunPhase]:
+        """The two phases in numbers: what is exported for the runner without PyTorch, and what `phases` gives to `fit`."""
+        from dpbitfit_fx.onnx_export import AdamW
+        from dpbitfit_fx.onnx_run import RunPhase
+        from dpbitfit_fx.ort_plan import Schedule
+        from dpbitfit_fx.sampling import PoissonSampler
 
-        return multiplier
+        probe_size, size = (min(b, records // 2) for b in (self.probe_batch_size, self.expected_batch_size))
+        if steps is None:
+            steps = PoissonSampler.from_expected_batch_size(records, size, epochs=self.epochs).steps
+        return [
+            RunPhase(
+                trainable=["head.*"],
+                max_steps=self.probe_steps,
+                expected_batch_size=probe_size,
+                optimizer=AdamW(lr=self.probe_rate),
+                schedule=Schedule("linear"),
+            ),
+            RunPhase(
+                trainable=[*self.biases, "head.*"],
+                max_steps=steps,
+                expected_batch_size=size,
+                learning_rates={"head.*": self.head_rate, "*": self.bias_rate},
+                schedule=Schedule("product", self.warmup * steps),
+            ),
+        ]
 
     def phases(self, records: int, head: Sequence[torch.nn.Parameter]) -> list[Phase]:
         """The two phases of `fit` on so many records."""
         from dpbitfit_fx.phases import Phase
-        from dpbitfit_fx.sampling import PoissonSampler
 
-        probe_size, size = (min(b, records // 2) for b in (self.probe_batch_size, self.expected_batch_size))
-        steps = PoissonSampler.from_expected_batch_size(records, size, epochs=self.epochs).steps
+        probe, main = self.run_phases(records)
+        assert probe.max_steps is not None and main.max_steps is not None
         return [
             Phase(
-                trainable=["head.*"],
-                max_steps=self.probe_steps,
-                expected_batch_size=probe_size,
+                trainable=probe.trainable,
+                max_steps=probe.max_steps,
+                expected_batch_size=probe.expected_batch_size,
                 learning_rate=self.probe_rate,
-                lr_schedule=lambda step: 1.0 - step / self.probe_steps,
+                lr_schedule=lambda step: probe.schedule.factor(step, self.probe_steps),
             ),
             Phase(
-                trainable=[*self.biases, "head.*"],
-                max_steps=steps,
-                expected_batch_size=size,
+                trainable=main.trainable,
+                max_steps=main.max_steps,
+                expected_batch_size=main.expected_batch_size,
                 optimizer=_adam(head, self.bias_rate, self.head_rate),
-                lr_schedule=self.schedule(steps),
+                lr_schedule=self.schedule(main.max_steps),
             ),
         ]
 
@@ -561,7 +584,7 @@ def run_demo(
         directory = model_directory(cache)
         training, test = split(movie_reviews(cache))
     if limit is not None:
-        training, test = _head(training, limit), _head(test, limit)
+        training, test = first_records(training, limit), first_records(test, limit)
 
     with console.status("loading"):
         from dpbitfit_fx.clipping import AutomaticClipping
@@ -694,7 +717,7 @@ def run_demo(
     return numbers
 
 
-def _head(table: TextTable, count: int) -> TextTable:
+def first_records(table: TextTable, count: int) -> TextTable:
     from dpbitfit_fx.data import TextTable
 
     return TextTable(table.texts[:count], table.labels[:count], table.label_set, table.labels_from_data)

@@ -27,7 +27,7 @@ from dpbitfit_fx.sampling import PoissonSampler
 if TYPE_CHECKING:
     from dpbitfit_fx.compile import PrivateStep
 
-__all__ = ["Engine", "build_engine", "graph_hashes"]
+__all__ = ["Engine", "build_engine", "graph_hashes", "one_for_every_length"]
 
 
 class Engine:
@@ -161,7 +161,7 @@ def build_engine(
         )
 
     several = layout.buckets > 1 and not dropout  # how much a sample draws depends on its length
-    whole = _one_for_every_length(layout, examples[-1], compiled) if several else None
+    whole = one_for_every_length(layout, examples[-1], compiled) if several else None
     if whole is not None:
         steps = [whole.with_noise(sigma, expected_batch_size)] * layout.buckets
     else:
@@ -180,7 +180,7 @@ def build_engine(
     return Engine(steps, batches, sampler)
 
 
-def _one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[..., PrivateStep]) -> PrivateStep | None:
+def one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[..., PrivateStep]) -> PrivateStep | None:
     """One step that was checked at every padded length; None, with a warning, where the model wants one per length."""
     padded = {n: leaf.lengths for n, leaf in zip(leaf_names(longest), layout.leaves, strict=True) if leaf.lengths}
     lengths = next(iter(padded.values()))

@@ -18,7 +18,17 @@ import numpy.typing as npt
 import torch
 
 from dpbitfit_fx.errors import ExportError
-from dpbitfit_fx.onnx_export import SGD, AdamW, Layout, Optimizer, flat_parameters, layout_of
+from dpbitfit_fx.onnx_export import (
+    SGD,
+    AdamW,
+    Layout,
+    Optimizer,
+    Parameter,
+    flat_parameters,
+    layout_of,
+    live_parameters,
+)
+from dpbitfit_fx.ort_artifacts import graph_file
 from dpbitfit_fx.ort_backends import open_session
 from dpbitfit_fx.passes.lengths import resized
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten, tree_unflatten
@@ -30,15 +40,16 @@ Array = npt.NDArray[Any]
 class Probes:
     """Batches, masks, accumulators and noise for the check: the example's rows, rolled and jittered, seeded."""
 
-    def __init__(self, step: Any, seed: int = 0) -> None:
+    def __init__(self, step: Any, seed: int = 0, more: Sequence[int] = ()) -> None:
         self.step = step
         self.leaves, self.spec = tree_flatten(step.example_batch)
         self.random = np.random.default_rng(seed)
         self.dynamic = step.dynamic_length
+        self.lengths = [] if self.dynamic is None else sorted({*self.dynamic.checked, *more})
 
     def length(self, number: int) -> int | None:
-        """In turn every length at which the step was checked; None where its length is fixed."""
-        return None if self.dynamic is None else self.dynamic.checked[number % len(self.dynamic.checked)]
+        """In turn every length at which the step was checked, and ``more``; None where its length is fixed."""
+        return self.lengths[number % len(self.lengths)] if self.lengths else None
 
     def batch(self, rows: int, length: int | None = None) -> list[torch.Tensor]:
         """``rows`` rows, of the example's own length or of this one."""
@@ -74,13 +85,17 @@ class Probes:
 
 
 @contextmanager
-def parameters_set(step: Any, layout: Layout, flat: Array) -> Iterator[None]:
-    """The trainables of the user's model hold ``flat`` inside, and their own values again afterwards, bit for bit."""
-    named = step.parameters()
-    kept = {p.name: named[p.name].detach().clone() for p in layout.parameters}
+def parameters_set(
+    step: Any, layout: Layout, flat: Array, parameters: Sequence[Parameter] | None = None
+) -> Iterator[None]:
+    """The trainables (or these parameters) of the user's model hold ``flat`` inside, and their own values again afterwards,
+    bit for bit."""
+    chosen = layout.parameters if parameters is None else parameters
+    named = live_parameters(step)
+    kept = {p.name: named[p.name].detach().clone() for p in chosen}
     try:
         with torch.no_grad():
-            for p in layout.parameters:
+            for p in chosen:
                 named[p.name].copy_(torch.from_numpy(flat[p.offset : p.offset + p.numel].reshape(p.shape).copy()))
         yield
     finally:
@@ -145,9 +160,9 @@ def require(error: float, tolerance: float, what: str) -> None:
         )
 
 
-def _steps_of(step: Any, layout: Layout, probes: Probes) -> list[Array]:
+def _steps_of(step: Any, layout: Layout, probes: Probes, parameters: Sequence[Parameter] | None = None) -> list[Array]:
     """The model's own parameters, and others: a parameter that was folded into the graph is found by the second."""
-    own = flat_parameters(step)
+    own = flat_parameters(step, layout.parameters if parameters is None else parameters)
     moved = own + 0.05 * probes.random.normal(size=own.shape).astype(np.float32)
     return [own, moved.astype(np.float32)]
 
@@ -158,20 +173,35 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
     Raises:
         ExportError: they differ by more than ``tolerance`` relative, or a row's result depends on other rows.
     """
-    layout, probes = layout_of(step), Probes(step)
     manifest = json.loads((folder / "manifest.json").read_text())
-    grad = make_session(folder / "grad_step.onnx")
-    update = make_session(folder / "update_step.onnx")
+    check_phase(step, folder, manifest, layout_of(step), tolerance=tolerance, batch_sizes=batch_sizes)
+
+
+def check_phase(
+    step: Any,
+    folder: Path,
+    phase: Mapping[str, Any],
+    layout: Layout,
+    *,
+    lengths: Sequence[int] = (),
+    tolerance: float = 1e-5,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> None:
+    """``check_onnx`` for one phase of a run (``phases_of``); lengths: where else to compare, besides the checked ones."""
+    probes = Probes(step, more=lengths)
+    grad = make_session(folder / graph_file(phase, "grad_step"))
+    update = make_session(folder / graph_file(phase, "update_step"))
     size = layout.num_trainable
-    extra = 0 if probes.dynamic is None else max(0, len(probes.dynamic.checked) - len(batch_sizes))
+    extra = max(0, len(probes.lengths) - len(batch_sizes))
 
     def run_grad(leaves: Sequence[torch.Tensor], mask: torch.Tensor, theta: Array, accumulator: Array) -> Array:
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)}
-        feed.update(sample_mask=mask.numpy(), theta=theta, accumulator=accumulator)
+        feed.update(sample_mask=mask.numpy(), theta=theta, held=held, accumulator=accumulator)
         return run_session(grad, feed, f"grad_step.onnx on a batch of {mask.shape[0]}")[0]
 
-    for theta in _steps_of(step, layout, probes):
-        with parameters_set(step, layout, theta):
+    both = zip(_steps_of(step, layout, probes), _steps_of(step, layout, probes, layout.held), strict=True)
+    for theta, held in both:
+        with parameters_set(step, layout, theta), parameters_set(step, layout, held, layout.held):
             for number, rows in enumerate((*batch_sizes, *[2] * extra)):
                 for start in (torch.zeros(size), probes.normal(size) * (float(step.max_grad_norm) / size**0.5)):
                     leaves, mask = probes.batch(rows, probes.length(number)), probes.mask(rows)
@@ -182,7 +212,7 @@ def check_onnx(step: Any, folder: Path, *, tolerance: float = 1e-5, batch_sizes:
                     require(relative_error(got, want, room), tolerance, f"the clipped sum of a batch of {rows}")
             check_rows(run_grad, probes, theta, size)
 
-    check_update(step, update, optimizer_of(manifest), layout, probes, tolerance)
+    check_update(step, update, optimizer_of(phase), layout, probes, tolerance, rates="learning_rates" in phase)
 
 
 def contributions(step: Any, probes: Probes, leaves: Sequence[torch.Tensor], mask: torch.Tensor) -> float:
@@ -218,7 +248,7 @@ def check_rows(run: Callable[..., Array], probes: Probes, theta: Array, size: in
             )
 
 
-def optimizer_of(manifest: dict[str, Any]) -> Optimizer:
+def optimizer_of(manifest: Mapping[str, Any]) -> Optimizer:
     fields = dict(manifest["optimizer"])
     kind = fields.pop("type")
     if kind == "SGD":
@@ -236,10 +266,21 @@ def torch_optimizer(optimizer: Optimizer, parameter: torch.Tensor) -> torch.opti
 
 
 def check_update(
-    step: Any, session: Any, optimizer: Optimizer, layout: Layout, probes: Probes, tolerance: float
+    step: Any,
+    session: Any,
+    optimizer: Optimizer,
+    layout: Layout,
+    probes: Probes,
+    tolerance: float,
+    *,
+    rates: bool = False,
 ) -> None:
-    """Three noisy updates against ``step.privatize`` and torch's optimizer; changes are compared, not parameters."""
+    """Three noisy updates against ``step.privatize`` and torch's optimizer; changes are compared, not parameters.
+
+    rates: the graph takes a learning rate per value, to which the change of that value is proportional.
+    """
     size = layout.num_trainable
+    scale = (1 + np.arange(size) % 3).astype(np.float32) if rates else np.ones(1, np.float32)
     theta = flat_parameters(step)
     parameter = torch.nn.Parameter(torch.from_numpy(theta.copy()))
     reference = torch_optimizer(optimizer, parameter)
@@ -250,13 +291,15 @@ def check_update(
         accumulator, noise = probes.normal(size) * float(step.max_grad_norm), probes.normal(size)
         with torch.no_grad():
             parameter.grad = step.privatize(accumulator, noise).clone()
+            if rates:
+                parameter.copy_(torch.from_numpy(state["theta"]))
         before = parameter.detach().numpy().copy()
         reference.step()
         feed = {
             **state,
             "accumulator": accumulator.numpy(),
             "noise": noise.numpy(),
-            "learning_rate": np.array([optimizer.lr], np.float32),
+            "learning_rate": optimizer.lr * scale,
         }
         old = state["theta"]
         state = dict(zip(state, run_session(session, feed, "update_step.onnx"), strict=True))
@@ -268,7 +311,7 @@ def check_update(
                 require(error, 10 * tolerance, f"the optimizer's moment {name!r}")
         # A change of theta keeps theta's own rounding.
         room = 4e-7 * float(np.linalg.norm(before))
-        want = parameter.detach().numpy() - before
+        want = (parameter.detach().numpy() - before) * scale
         error = max(0.0, float(np.linalg.norm((state["theta"] - old) - want)) - room) / max(
             float(np.linalg.norm(want)), 1e-30
         )
@@ -390,10 +433,10 @@ def check_eval(
     module = EvalModule(
         step, layout, eval_output, (lambda m, b: None) if eval_output is not None else loss_function(step)
     )
-    theta = _steps_of(step, layout, probes)[1]
+    theta = _steps_of(step, layout, probes, layout.parameters)[1]
     values = {p.onnx_name: theta[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}
-    for rows in (3, 8):
-        leaves = probes.batch(rows)
+    for number, rows in enumerate((3, 8, *[2] * max(0, len(probes.lengths) - 2))):
+        leaves = probes.batch(rows, probes.length(number))
         mask = [] if eval_output is not None else [probes.mask(rows)]
         with torch.no_grad(), step.biases_applied():
             want = tree_flatten(module(*leaves, *mask, *(torch.from_numpy(v) for v in values.values())))[0]

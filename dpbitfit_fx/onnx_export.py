@@ -58,6 +58,7 @@ _RESERVED: Final = frozenset(
         "accumulator_out",
         "noise",
         "theta",
+        "held",
         "m",
         "v",
         "t",
@@ -130,6 +131,9 @@ class Parameter:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "shape": list(self.shape), "numel": self.numel}
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchInput:
@@ -144,10 +148,14 @@ class BatchInput:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Names, shapes and order of everything that goes in and out of the graphs."""
+    """Names, shapes and order of everything that goes in and out of the graphs.
+
+    held: parameters that other phases of a run train and this one takes as they are then, in a flat vector of their own.
+    """
 
     parameters: tuple[Parameter, ...]
     batch: tuple[BatchInput, ...]
+    held: tuple[Parameter, ...] = ()
 
     @property
     def num_trainable(self) -> int:
@@ -168,14 +176,12 @@ def safe_name(wanted: str, taken: set[str], fallback: str) -> str:
     return name
 
 
-def layout_of(step: Any) -> Layout:
-    """The layout of a compiled step. Raises ExportError for dtypes that the exported graphs cannot hold."""
+def layout_of(step: Any, trained: Mapping[str, torch.Tensor] | None = None) -> Layout:
+    """The layout of a compiled step, or of all that the phases of its run trained. Raises ExportError for dtypes that the
+    exported graphs cannot hold."""
     taken: set[str] = set()
-    parameters, offset = [], 0
-    for name in step.trainable_names:
-        shape = tuple(step.trainable_shapes[name])
-        parameters.append(Parameter(name, safe_name(name, taken, "parameter"), shape, offset))
-        offset += math.prod(shape)
+    shapes = step.trainable_shapes if trained is None else {name: x.shape for name, x in trained.items()}
+    parameters = placed([(name, safe_name(name, taken, "parameter"), tuple(shape)) for name, shape in shapes.items()])
     leaves, _spec = tree_flatten(step.example_batch)
     batch = []
     for path, leaf in zip(leaf_names(step.example_batch), leaves, strict=True):
@@ -184,7 +190,13 @@ def layout_of(step: Any) -> Layout:
                 f"The batch entry {path!r} is {leaf.dtype}; exported graphs take float32, int64, int32, uint8 or bool."
             )
         batch.append(BatchInput(safe_name(path, taken, "batch"), path, tuple(leaf.shape[1:]), _DTYPES[leaf.dtype]))
-    return Layout(tuple(parameters), tuple(batch))
+    return Layout(parameters, tuple(batch))
+
+
+def placed(parameters: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Parameter, ...]:
+    """Parameters of these names, names in the graphs, and shapes, one behind the other in a flat vector."""
+    sizes = [math.prod(shape) for _, _, shape in parameters]
+    return tuple(Parameter(*p, offset=sum(sizes[:i])) for i, p in enumerate(parameters))
 
 
 def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: float | None) -> Any:
@@ -229,11 +241,28 @@ def example_rows(batch: Any, rows: int) -> list[torch.Tensor]:
     return [torch.cat([x.detach()] * -(-rows // max(1, x.shape[0])))[:rows].clone() for x in leaves]
 
 
-def flat_parameters(step: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The current values of the trainables, flat, in the step's order: float32[D]."""
-    named = step.parameters()
-    flat = torch.cat([named[n].detach().reshape(-1).float().cpu() for n in step.trainable_names])
+def at_captured_length(
+    step: Any, layout: Layout, leaves: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], DynamicLength | None, dict[str, int]]:
+    """The batch at a length that is no size of the model, the free length, and the dimension that has it by input name."""
+    length: DynamicLength | None = step.dynamic_length
+    if length is None:
+        return leaves, None, {}
+    padded = {b.name: length.dims[b.path] for b in layout.batch if b.path in length.dims}
+    return resized(leaves, [b.path for b in layout.batch], length, length.captured[0]), length, padded
+
+
+def flat_parameters(step: Any, parameters: Sequence[Parameter] | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The current values of the trainables, flat, in the step's order, or of these parameters: float32[D]."""
+    named = live_parameters(step)
+    names = step.trainable_names if parameters is None else [p.name for p in parameters]
+    flat = torch.cat([torch.zeros(0), *(named[n].detach().reshape(-1).float().cpu() for n in names)])
     return np.array(flat.numpy(), dtype=np.float32)
+
+
+def live_parameters(step: Any) -> dict[str, torch.nn.Parameter]:
+    """All parameters of the step's model by name, and what the step trains."""
+    return {**dict(step.model.named_parameters(remove_duplicate=False)), **step.parameters()}
 
 
 # -- torch -> ONNX ----------------------------------------------------------------------------------------------------
@@ -403,12 +432,10 @@ def export_core(step: Any, layout: Layout) -> Core:
         ExportError: an operator has no ONNX form.
     """
     joint: JointGraph = step.partial
-    leaves = example_rows(step.example_batch, EXPORT_ROWS)
-    padded: dict[str, int] = {}
-    if joint.length is not None:
-        leaves = resized(leaves, [b.path for b in layout.batch], joint.length, joint.length.captured[0])
-        padded = {b.name: joint.length.dims[b.path] for b in layout.batch if b.path in joint.length.dims}
-    taken = {p.onnx_name for p in layout.parameters} | {b.name for b in layout.batch} | set(_RESERVED)
+    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
+    taken = {p.onnx_name for p in (*layout.parameters, *layout.held)} | {b.name for b in layout.batch} | set(_RESERVED)
+    live = live_parameters(step)
+    held = {id(live[p.name]): p.onnx_name for p in layout.held}
     parameters = iter(layout.parameters)
     batch, rows = iter(layout.batch), iter(leaves)
     args: list[torch.Tensor] = []
@@ -417,6 +444,9 @@ def export_core(step: Any, layout: Layout) -> Core:
         dynamic = entry.role in (Role.BATCH, Role.MASK)
         if entry.role is Role.TRAINABLE:
             names.append(next(parameters).onnx_name)
+            args.append(joint.state[entry.target].detach().clone())
+        elif entry.role is Role.FROZEN and id(joint.state[entry.target]) in held:
+            names.append(held[id(joint.state[entry.target])])
             args.append(joint.state[entry.target].detach().clone())
         elif entry.role is Role.FROZEN:
             tensor = joint.state[entry.target].detach()
@@ -442,7 +472,7 @@ def export_core(step: Any, layout: Layout) -> Core:
     with torch.no_grad():
         lowered(*args)  # on real tensors once: it builds the constants
     what = "The private gradient step"
-    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, joint.length, padded)
+    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, length, padded)
     freeze(model, frozen)
     read_transposed(model)
     pin_rows(model, [p.numel for p in layout.parameters], constant)
@@ -497,11 +527,11 @@ class UpdateStep(torch.nn.Module):
         return theta, m, v, t
 
 
-def export_update(step: Any, optimizer: Optimizer, layout: Layout) -> ir.Model:
-    """The SEALED half and the optimizer as one ONNX model on flat vectors."""
+def export_update(step: Any, optimizer: Optimizer, layout: Layout, *, rates: bool = False) -> ir.Model:
+    """The SEALED half and the optimizer as one ONNX model on flat vectors; with ``rates``, a learning rate per value."""
     size = layout.num_trainable
     state = ["theta"] if isinstance(optimizer, SGD) else ["theta", "m", "v", "t"]
-    values = {"t": torch.zeros(1, dtype=torch.int64), "learning_rate": torch.full((1,), 0.1)}
+    values = {"t": torch.zeros(1, dtype=torch.int64), "learning_rate": torch.full((size if rates else 1,), 0.1)}
     names = [*state, "accumulator", "noise", "learning_rate"]
     args = [values.get(n, torch.full((size,), 0.5)).clone() for n in names]
     module = UpdateStep(step.update, optimizer)
@@ -547,20 +577,25 @@ def graph_input(model: ir.Model, name: str) -> ir.Value:
 
 
 def plain_gradient_model(core: Core) -> ir.Model:
-    """The core with its parameters read from one flat ``theta[D]``. Edits ``core.model`` in place."""
+    """The core with its parameters read from one flat ``theta[D]``, and ``held[H]``. Edits ``core.model`` in place."""
     import onnx_ir as ir
 
     model, layout = core.model, core.layout
-    theta = ir.Value(name="theta", shape=ir.Shape([layout.num_trainable]), type=ir.TensorType(ir.DataType.FLOAT))
-    old = [graph_input(model, p.onnx_name) for p in layout.parameters]
-    for value in old:
-        model.graph.inputs.remove(value)
-        value.name = f"unused_{value.name}"
-    nodes, pieces = split_flat(model, theta, layout, [p.onnx_name for p in layout.parameters], "theta")
-    for value, piece in zip(old, pieces, strict=True):
-        ir.convenience.replace_all_uses_with(value, piece)
-    model.graph.insert_before(model.graph[0], nodes)
-    model.graph.inputs.insert(len(model.graph.inputs) - 1, theta)
+    for name, parameters in (("theta", layout.parameters), ("held", layout.held)):
+        if not parameters:
+            continue
+        size = sum(p.numel for p in parameters)
+        flat = ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(ir.DataType.FLOAT))
+        old = [graph_input(model, p.onnx_name) for p in parameters]
+        for value in old:
+            model.graph.inputs.remove(value)
+            value.name = f"unused_{value.name}"
+        part = Layout(parameters, layout.batch)
+        nodes, pieces = split_flat(model, flat, part, [p.onnx_name for p in parameters], name)
+        for value, piece in zip(old, pieces, strict=True):
+            ir.convenience.replace_all_uses_with(value, piece)
+        model.graph.insert_before(model.graph[0], nodes)
+        model.graph.inputs.insert(len(model.graph.inputs) - 1, flat)
     return model
 
 
@@ -580,7 +615,7 @@ def manifest_of(
             "frozen_weights_sha256": frozen_weights_fingerprint(step.model, step.trainable_names),
             **({ADDED_BIASES: describe_added(step.added_biases)} if step.added_biases else {}),
         },
-        "parameters": [{**dataclasses.asdict(p), "shape": list(p.shape), "numel": p.numel} for p in layout.parameters],
+        "parameters": [p.to_dict() for p in layout.parameters],
         "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],
         **_length_of(step.dynamic_length),
         "max_grad_norm": float(step.max_grad_norm),
@@ -618,7 +653,7 @@ def save_initial(step: Any, layout: Layout, path: Path) -> None:
     """The trainables' values at export, by their torch names."""
     from safetensors.numpy import save_file
 
-    flat = flat_parameters(step)
+    flat = flat_parameters(step, layout.parameters)
     save_file({p.name: flat[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}, path)
 
 

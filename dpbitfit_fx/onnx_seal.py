@@ -28,7 +28,7 @@ import numpy as np
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.onnx_ghost_seal import LARGEST_FACTORS, LEAST_SHARE, Ghost, match_ghost_norm, match_ghost_sum, stacked
 from dpbitfit_fx.onnx_graph import LENGTH, MICROSOFT, OnnxGraph
-from dpbitfit_fx.ort_artifacts import WEIGHTS
+from dpbitfit_fx.ort_artifacts import WEIGHTS, at_lengths, graph_file, phases_of
 from dpbitfit_fx.passes.clipping import (
     KINDS,
     SMALLEST_SQUARED_NORM,
@@ -39,7 +39,8 @@ from dpbitfit_fx.passes.clipping import (
 )
 
 LARGEST_SQUARED_NORM: Final = 1e60
-RESERVED: Final = ("sample_mask", "noise", "accumulator", "theta", "lazy_reset_grad")  # the runner feeds these itself
+# The runner feeds these itself.
+RESERVED: Final = ("sample_mask", "noise", "accumulator", "theta", "held", "lazy_reset_grad")
 FLOAT, INT64, BOOL, DOUBLE = 1, 7, 9, 11  # of onnx.TensorProto
 DTYPES: Final = {"float32": FLOAT, "int64": INT64, "bool": BOOL, "int32": 6, "uint8": 2}
 
@@ -58,6 +59,9 @@ class Declared:
     batch: tuple[tuple[str, int, list[Any]], ...]
     optimizer: Mapping[str, Any]
     files: frozenset[str]
+    held: int  # values of parameters that other phases train
+    rates: int  # entries of the learning rate: one, or one per value
+    graphs: Mapping[str, str]
 
     @property
     def sizes(self) -> list[int]:
@@ -102,6 +106,9 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
             ),
             optimizer=dict(manifest["optimizer"]),
             files=frozenset(manifest["files"]),
+            held=sum(int(p["numel"]) for p in manifest.get("held", ())),
+            rates=int(manifest["num_trainable"]) if "learning_rates" in manifest else 1,
+            graphs={name: graph_file(manifest, name) for name in ("grad_step", "update_step")},
         )
         taken = [*result.names, *(name for name, _, _ in result.batch), *RESERVED]
         starts = [sum(result.sizes[:i]) for i in range(len(shapes))]
@@ -112,6 +119,9 @@ def declared(manifest: Mapping[str, Any]) -> Declared:
             and len(set(taken)) == len(taken)
             and math.isclose(float(manifest["max_grad_norm"]), clipping.sensitivity, rel_tol=1e-12)
             and all(0 < x < math.inf for x in (result.noise_multiplier, result.expected_batch_size))
+            and all(
+                result.target != "onnx" or (n in result.files and Path(n).name == n) for n in result.graphs.values()
+            )
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
@@ -132,28 +142,87 @@ def check_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any])
         SealBroken: a graph computes something else; the message says which part of the template broke.
         ArtifactError: a file or the manifest cannot be read, or onnx is not installed.
     """
-    root, said = Path(folder), declared(manifest)
+    root, phases = Path(folder), declared_phases(manifest)
+    said = phases[0][0]
     weights = said.files & {WEIGHTS}
+    if "phases" in manifest:
+        check_phases(manifest, phases)
     if said.target == "onnx":
-        check_grad_step(OnnxGraph(root / "grad_step.onnx", weights), said)
-        check_update_step(OnnxGraph(root / "update_step.onnx"), said)
+        for lengths in phases:
+            for phase in lengths:
+                check_grad_step(OnnxGraph(root / phase.graphs["grad_step"], weights), phase)
+            check_update_step(OnnxGraph(root / lengths[0].graphs["update_step"]), lengths[0])
     elif said.target == "ort_training":
         check_training_model(OnnxGraph(root / "training_model.onnx", weights, ["InPlaceAccumulatorV2"]), said)
         optimizers = ["AdamWOptimizer", "SGDOptimizerV2"]
         check_optimizer_model(OnnxGraph(root / "optimizer_model.onnx", (), optimizers, sequences=True), said)
-        check_eval_model(OnnxGraph(root / "eval_model.onnx", weights), said)
     else:
         raise ArtifactError(f"The manifest names the target {said.target!r}, which this version has no seal for.")
+    if said.target == "ort_training" or "eval_model.onnx" in said.files:
+        names = [str(p["onnx_name"]) for p in manifest["parameters"]]
+        check_eval_model(OnnxGraph(root / "eval_model.onnx", weights), names)
+
+
+def declared_phases(manifest: Mapping[str, Any]) -> list[list[Declared]]:
+    """The claims of every phase, once for each of its gradient graphs."""
+    try:
+        views = [at_lengths(phase) for phase in phases_of(manifest)]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ArtifactError(
+            f"manifest.json does not say what a seal needs to know ({type(error).__name__}). Export again."
+        ) from error
+    if not all(views):
+        raise ArtifactError("manifest.json names a phase without a gradient graph. Export again.")
+    return [[declared(view) for view in lengths] for lengths in views]
+
+
+def check_phases(manifest: Mapping[str, Any], phases: list[list[Declared]]) -> None:
+    """The phases are of one run: one noise multiplier, graphs of their own, and one set of parameters, handed on by name.
+
+    Raises:
+        ArtifactError: they are not.
+    """
+    try:
+        every = {p["name"]: (str(p["onnx_name"]), tuple(p["shape"])) for p in manifest["parameters"]}
+        own = [[*view["parameters"]] for view in phases_of(manifest)]
+        both = [[*view["parameters"], *view.get("held", ())] for view in phases_of(manifest)]
+        starts = [int(p["offset"]) for p in manifest["parameters"]]
+        sizes = [math.prod(shape) for _, shape in every.values()]
+        every_one = [phase for lengths in phases for phase in lengths]
+        files = [p.graphs["grad_step"] for p in every_one] + [lengths[0].graphs["update_step"] for lengths in phases]
+        consistent = (
+            len(every) == len(manifest["parameters"]) == len({name for name, _ in every.values()})
+            and starts == [sum(sizes[:i]) for i in range(len(sizes))]
+            and int(manifest["num_trainable"]) == sum(sizes)
+            and {p["name"] for names in own for p in names} == every.keys()
+            and all(every[p["name"]] == (p["onnx_name"], tuple(p["shape"])) for names in both for p in names)
+            and all(len({p["name"] for p in names}) == len(names) for names in both)
+            and all(int(p["numel"]) == math.prod(p["shape"]) for names in both for p in names)
+            and len({phase.noise_multiplier for phase in every_one}) == 1
+            and all(phase.target == "onnx" for phase in every_one)
+            and len(set(files)) == len(files)
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"manifest.json does not say what a seal needs to know of its phases ({type(error).__name__}). Export again."
+        ) from error
+    if not consistent:
+        raise ArtifactError(
+            "manifest.json contradicts itself: its phases do not belong to one run with one noise multiplier and one set of "
+            "parameters. Export again."
+        )
 
 
 # -- PARTIAL ----------------------------------------------------------------------------------------------------------
 
 
 def check_grad_step(g: OnnxGraph, said: Declared) -> None:
-    """``accumulator_out [D] = accumulator [D] + clipped sum``, from theta [D], the batch and sample_mask [B] alone."""
+    """``accumulator_out [D] = accumulator [D] + clipped sum``, from theta [D], the values of other phases' parameters
+    ``held [H]`` (where there are any), the batch and sample_mask [B] alone."""
     size = sum(said.sizes)
     batch, unused = batch_inputs(said)
-    g.has_inputs({**batch, "theta": (FLOAT, [size]), "accumulator": (FLOAT, [size])}, unused)
+    held = {"held": (FLOAT, [said.held])} if said.held else {}
+    g.has_inputs({**batch, "theta": (FLOAT, [size]), **held, "accumulator": (FLOAT, [size])}, unused)
     outputs(g, ["accumulator_out"])
     accumulator, total = g.call("accumulator_out", "Add", "accumulation")
     if accumulator != "accumulator":
@@ -386,7 +455,7 @@ def check_update_step(g: OnnxGraph, said: Declared) -> None:
     if adam:
         state |= {"m": (FLOAT, [size]), "v": (FLOAT, [size]), "t": (INT64, [1])}
     secret: dict[str, Any] = {"accumulator": (FLOAT, [size]), "noise": (FLOAT, [size])}
-    g.has_inputs({**state, **secret, "learning_rate": (FLOAT, [1])})
+    g.has_inputs({**state, **secret, "learning_rate": (FLOAT, [said.rates])})
     outputs(g, [f"{n}_out" for n in state])
     g.read_once("accumulator", "accumulator")
     g.read_once("noise", "noise")
@@ -454,9 +523,9 @@ def _float32(value: Any) -> float:
     return float(np.float32(value))
 
 
-def check_eval_model(g: OnnxGraph, said: Declared) -> None:
+def check_eval_model(g: OnnxGraph, names: list[str]) -> None:
     """It trains nothing. ONNX Runtime feeds parameters by position, so theirs is checked."""
-    if list(g.inputs)[-len(said.names) :] != list(said.names):
+    if list(g.inputs)[-len(names) :] != names:
         g.refuse("its last inputs are not the parameters in the order of training_model.onnx")
 
 

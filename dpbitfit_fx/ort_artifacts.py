@@ -17,7 +17,19 @@ from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.files import atomic_write_text, read_text, sha256_file
 from dpbitfit_fx.passes.clipping import KINDS
 
-__all__ = ["FORMAT", "MANIFEST", "WEIGHTS", "attach", "clipping_of", "read_manifest", "set_aside", "training_api"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "WEIGHTS",
+    "at_lengths",
+    "attach",
+    "clipping_of",
+    "graph_file",
+    "phases_of",
+    "read_manifest",
+    "set_aside",
+    "training_api",
+]
 
 FORMAT: Final = "dpbitfit_fx.onnx.v1"
 MANIFEST: Final = "manifest.json"
@@ -87,7 +99,7 @@ def read_manifest(folder: str | os.PathLike[str], verify: bool = True) -> dict[s
         raise ArtifactError(
             f"{os.fspath(folder)!r} is not an export that this version of dpbitfit_fx can read. Export again."
         )
-    wrong = _shape_fault(manifest)
+    wrong = _fault(manifest)
     if wrong is not None:
         raise ArtifactError(
             f"The manifest.json in {os.fspath(folder)!r} is damaged or was edited: {wrong}. Export again."
@@ -189,6 +201,77 @@ def _shape_fault(manifest: Mapping[str, Any]) -> str | None:
         dims = lambda v: isinstance(v, dict) and all(map(_whole, v.values()))  # noqa: E731
         faults.append(each("dynamic_length", dict, {"dims": dims, "min": _whole, "max": _whole}))
     return next((fault for fault in faults if fault is not None), None)
+
+
+def _fault(manifest: Mapping[str, Any]) -> str | None:
+    """``_shape_fault`` of an export of one phase, or of every phase of a run and of what they share."""
+    if "phases" not in manifest:
+        return _shape_fault(manifest)
+    phases = manifest["phases"]
+    if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
+        return "'phases' is not what it should be"
+
+    def lists(value: Any, sound: Callable[[Any], bool]) -> bool:
+        return isinstance(value, list) and all(map(sound, value))
+
+    def graph(value: Any) -> bool:
+        return _file(value) or (lists(value, _file) and bool(value))
+
+    own: dict[str, Callable[[Any], bool]] = {
+        "trainable": lambda v: isinstance(v, str) or lists(v, lambda name: isinstance(name, str)),
+        "learning_rates": lambda v: lists(
+            v, lambda p: isinstance(p, list) and len(p) == 2 and _text(p[0]) and _number(p[1])
+        ),
+        "schedule": lambda v: isinstance(v, dict) and _text(v.get("type")) and _number(v.get("warmup_steps")),
+        "graphs": lambda v: isinstance(v, dict) and graph(v.get("grad_step")) and _file(v.get("update_step")),
+        "held": lambda v: isinstance(v, list),
+    }
+    for phase in phases:
+        odd = next((name for name, sound in own.items() if not sound(phase.get(name))), None)
+        if odd is not None:
+            return f"{odd!r} of a phase is not what it should be"
+    lengths = manifest.get("padded_lengths", {})
+    if not isinstance(lengths, dict) or not all(lists(each, _whole) for each in lengths.values()):
+        return "'padded_lengths' is not what it should be"
+    target = manifest.get("plan", {}).get("target_epsilon") if isinstance(manifest.get("plan"), dict) else None
+    if target is not None and not _number(target):
+        return "'target_epsilon' in 'plan' is not what it should be"
+    views = phases_of(manifest)
+    held = [view | {"parameters": view["held"]} for view in views if view["held"]]
+    # What the phases share is no phase of its own: its parameters, plan and files are checked as the first phase's.
+    whole = views[0] | {name: manifest.get(name) for name in ("parameters", "num_trainable", "plan")}
+    return next((fault for view in (*views, *held, whole) if (fault := _shape_fault(view)) is not None), None)
+
+
+def phases_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The phases of the run, each described as an export of one phase is; of such an export, the manifest itself.
+
+    `parameters` are then those that the phase trains, and `held` those that other phases do and this one takes as they are.
+    """
+    shared = {name: value for name, value in manifest.items() if name != "phases"}
+    return [shared | phase for phase in manifest.get("phases", [{}])]
+
+
+def graph_file(phase: Mapping[str, Any], name: str) -> str:
+    """The file of the graph `name` (grad_step, update_step) of one of ``phases_of``, or of ``at_lengths``."""
+    return str(phase.get("graphs", {}).get(name, f"{name}.onnx"))
+
+
+def at_lengths(phase: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One of ``phases_of`` once for each of its gradient graphs: of a model that needs one graph per padded length, with
+    that length's file and shapes."""
+    files = phase.get("graphs", {}).get("grad_step")
+    if not isinstance(files, list):
+        return [dict(phase)]
+    found = []
+    for bucket, file in enumerate(files):
+        first = {path: lengths[bucket] for path, lengths in phase["padded_lengths"].items()}
+        entries = [
+            entry | ({"shape": [first[entry["path"]], *entry["shape"][1:]]} if entry["path"] in first else {})
+            for entry in phase["batch_inputs"]
+        ]
+        found.append({**phase, "batch_inputs": entries, "graphs": {**phase["graphs"], "grad_step": file}})
+    return found
 
 
 def clipping_of(manifest: Mapping[str, Any]) -> tuple[str, float | None]:

@@ -19,9 +19,18 @@ import numpy.typing as npt
 from dpbitfit_fx.errors import ArtifactError, SealBroken
 from dpbitfit_fx.files import describe_os_error
 from dpbitfit_fx.onnx_seal import check_artifacts
-from dpbitfit_fx.ort_artifacts import WEIGHTS, read_manifest, training_api
+from dpbitfit_fx.ort_artifacts import WEIGHTS, at_lengths, graph_file, phases_of, read_manifest, training_api
 
-__all__ = ["Array", "Backend", "OrtTrainingBackend", "PlainBackend", "load_artifacts", "open_session", "pieces"]
+__all__ = [
+    "Array",
+    "Backend",
+    "OrtTrainingBackend",
+    "PlainBackend",
+    "load_artifacts",
+    "open_backend",
+    "open_session",
+    "pieces",
+]
 
 Array = npt.NDArray[Any]
 
@@ -73,7 +82,7 @@ class Backend(Protocol):
     """One private step on some runtime: ``begin``, ``accumulate`` for every micro-batch, ``update``.
 
     ``accumulate`` and ``gradient_buffers`` handle SECRET sums: they reach no disk and no callback. ``optimizer_state``
-    and ``flat`` are functions of noisy sums only.
+    and ``flat`` are functions of noisy sums only. ``learning_rate``: one for all, or float32[D] where the export takes that.
     """
 
     noise_with_last_batch: bool
@@ -84,7 +93,7 @@ class Backend(Protocol):
         """What ``update`` will consume: with the noise where it comes with the last micro-batch, else without."""
         ...
 
-    def update(self, noise: Array, learning_rate: float) -> None: ...
+    def update(self, noise: Array, learning_rate: float | Array) -> None: ...
     def flat(self) -> Array: ...
     def set_flat(self, flat: Array) -> None: ...
     def optimizer_state(self) -> dict[str, Array]: ...
@@ -132,7 +141,7 @@ class OrtTrainingBackend:
         self.module.train()
         self.module(*(np.ascontiguousarray(given[n]) for n in self.names))
 
-    def update(self, noise: Array, learning_rate: float) -> None:
+    def update(self, noise: Array, learning_rate: float | Array) -> None:
         self.optimizer.set_learning_rate(float(learning_rate))
         self.optimizer.step()
 
@@ -174,28 +183,27 @@ def _temporary_file() -> Iterator[Path]:
 
 
 class PlainBackend:
-    """``grad_step.onnx`` and ``update_step.onnx`` on any onnxruntime; parameters and moments are numpy vectors."""
+    """``grad_step.onnx`` and ``update_step.onnx`` on any onnxruntime; parameters and moments are numpy vectors.
+
+    Args:
+        manifest: of an export of one phase, or one of ``phases_of``.
+        values: what the parameters that any phase trains hold now, by torch name; default: as exported.
+    """
 
     noise_with_last_batch = False
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        self.grad = open_session(folder / "grad_step.onnx")
-        self.step = open_session(folder / "update_step.onnx")
-        self.grad_inputs = {i.name for i in self.grad.get_inputs()}
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], values: Mapping[str, Array] | None = None) -> None:
+        lengths = at_lengths(manifest)
+        self.grads = [open_session(folder / graph_file(one, "grad_step")) for one in lengths]
+        self.shapes = [{b["name"]: list(b["shape"]) for b in one["batch_inputs"]} for one in lengths]
+        self.step = open_session(folder / graph_file(manifest, "update_step"))
+        self.grad_inputs = {i.name for grad in self.grads for i in grad.get_inputs()}
         self.step_inputs = {i.name for i in self.step.get_inputs()}
         size = int(manifest["num_trainable"])
-        try:
-            initial = load_file(folder / "initial.safetensors")
-            theta = np.concatenate([initial[p["name"]].astype(np.float32).ravel() for p in manifest["parameters"]])
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError):
-            raise ArtifactError(f"'{folder / 'initial.safetensors'}' is damaged. Export again.") from None
-        if len(theta) != size:
-            raise ArtifactError(
-                f"'{folder / 'initial.safetensors'}' does not hold the export's parameters. Export again."
-            )
+        known = values if values is not None else {}
+        if values is None:
+            known = initial_values(folder, {"parameters": [*manifest["parameters"], *manifest.get("held", [])]})
+        theta, self.held = (_joined(manifest.get(kind, []), known) for kind in ("parameters", "held"))
         self.state: dict[str, Array] = {"theta": theta}
         if manifest["optimizer"]["type"] == "AdamW":
             self.state.update(m=np.zeros(size, np.float32), v=np.zeros(size, np.float32), t=np.zeros(1, np.int64))
@@ -205,12 +213,15 @@ class PlainBackend:
         self.accumulator = np.zeros_like(self.accumulator)
 
     def accumulate(self, batch: Mapping[str, Array], mask: Array, noise: Array) -> None:
-        given = {**batch, "sample_mask": mask, "theta": self.state["theta"], "accumulator": self.accumulator}
-        feed = {k: np.ascontiguousarray(v) for k, v in given.items() if k in self.grad_inputs}
-        self.accumulator = np.asarray(self.grad.run(None, feed)[0])
+        own = {"sample_mask": mask, "theta": self.state["theta"], "held": self.held, "accumulator": self.accumulator}
+        feed = {k: np.ascontiguousarray(v) for k, v in {**batch, **own}.items() if k in self.grad_inputs}
+        bucket = 0
+        if len(self.grads) > 1:
+            bucket = self.shapes.index({name: list(batch[name].shape[1:]) for name in self.shapes[0]})
+        self.accumulator = np.asarray(self.grads[bucket].run(None, feed)[0])
 
-    def update(self, noise: Array, learning_rate: float) -> None:
-        rate = np.array([learning_rate], np.float32)
+    def update(self, noise: Array, learning_rate: float | Array) -> None:
+        rate = np.array(learning_rate, np.float32).reshape(-1)
         given = {**self.state, "accumulator": self.accumulator, "noise": noise, "learning_rate": rate}
         results = self.step.run(None, {k: v for k, v in given.items() if k in self.step_inputs})
         self.state = dict(zip(self.state, (np.asarray(r) for r in results), strict=True))
@@ -232,8 +243,41 @@ class PlainBackend:
         self.state = {name: np.asarray(given[name]) for name in self.state}
 
 
+def _joined(parameters: Sequence[Mapping[str, Any]], values: Mapping[str, Array]) -> Array:
+    """``float32[D]`` of the values of these parameters, in their order."""
+    return np.concatenate([np.zeros(0, np.float32), *(values[p["name"]].ravel() for p in parameters)], dtype=np.float32)
+
+
+def initial_values(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array]:
+    """What the trainable parameters of the export held when it was made, by torch name.
+
+    Raises:
+        ArtifactError: the file is damaged, or holds other parameters.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "initial.safetensors"
+    try:
+        found = load_file(path)
+        values = {p["name"]: found[p["name"]].astype(np.float32) for p in manifest["parameters"]}
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError):
+        raise ArtifactError(f"'{path}' is damaged. Export again.") from None
+    if [list(values[p["name"]].shape) for p in manifest["parameters"]] != [p["shape"] for p in manifest["parameters"]]:
+        raise ArtifactError(f"'{path}' does not hold the export's parameters. Export again.")
+    return values
+
+
+def open_backend(folder: Path, phase: Mapping[str, Any], values: Mapping[str, Array] | None = None) -> Backend:
+    """The backend of one of ``phases_of``, whose seal was matched. values: as in ``PlainBackend``."""
+    if phase["target"] == "ort_training":
+        return OrtTrainingBackend(folder, phase)
+    return PlainBackend(folder, phase, values)
+
+
 def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None) -> Backend:
     """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's, their seal matched first.
+    Of several phases, the first one's.
 
     Raises:
         SealBroken: a graph is not the private step that the manifest declares, whatever its hashes say.
@@ -241,6 +285,4 @@ def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] |
     """
     manifest = read_manifest(folder) if manifest is None else manifest
     check_artifacts(folder, manifest)
-    if manifest["target"] == "ort_training":
-        return OrtTrainingBackend(Path(folder), manifest)
-    return PlainBackend(Path(folder), manifest)
+    return open_backend(Path(folder), phases_of(manifest)[0])

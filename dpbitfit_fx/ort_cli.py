@@ -75,8 +75,11 @@ def ort_train(
     ] = None,
     target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default: the export's plan.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the export's.")] = None,
-    lr_schedule: Annotated[str, typer.Option(help="constant, or linear (falls to zero).")] = "constant",
+    lr_schedule: Annotated[str | None, typer.Option(help="constant, or linear (falls to zero).")] = None,
     warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate grows.", min=0)] = 0,
+    padded_lengths: Annotated[
+        str | None, typer.Option(help="Public lengths such as 16,32,64, of an export with a free length.")
+    ] = None,
     physical_batch_size: PhysicalBatchSize = 32,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the export's plan.")] = None,
     eval_file: EvalFile = None,
@@ -89,6 +92,7 @@ def ort_train(
     tuning_covered: TuningCovered = False,
 ) -> None:
     """Train from an export on private records, in ONNX Runtime, without PyTorch."""
+    from dpbitfit_fx.data import parse_lengths
     from dpbitfit_fx.files import ensure_output_folder
     from dpbitfit_fx.ledger import Ledger
     from dpbitfit_fx.ort_artifacts import read_manifest
@@ -96,15 +100,18 @@ def ort_train(
     from dpbitfit_fx.ort_records import Records
     from dpbitfit_fx.ort_runner import OrtTrainer, Schedule
 
+    lengths = None if padded_lengths is None else parse_lengths(padded_lengths)
+    schedule = None if lr_schedule is None and not warmup_steps else Schedule(lr_schedule or "constant", warmup_steps)
     with busy("reading the artifacts and the records"):
         manifest = read_manifest(artifacts, verify=False)  # OrtTrainer verifies every file, these among them
         ensure_output_folder(output)
-        reader = Reader(artifacts, manifest, data, text_column, label_column, names(labels, "--labels"), tokenizer)
+        declared = names(labels, "--labels")
+        reader = Reader(artifacts, manifest, data, text_column, label_column, declared, tokenizer, lengths)
         private = reader.read(data)
         public, evaluator = None, None
         if eval_file is not None:
             evaluator = Evaluator(artifacts, manifest)
-            public = Records(manifest, reader.read(eval_file), reader.pad_values)
+            public = Records(manifest, reader.read(eval_file), reader.pad_values, lengths)
         trainer = OrtTrainer(
             artifacts,
             private,
@@ -113,8 +120,9 @@ def ort_train(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
             learning_rate=learning_rate,
-            schedule=Schedule(lr_schedule, warmup_steps),
+            schedule=schedule,
             physical_batch_size=physical_batch_size,
+            padded_lengths=lengths,
             pad_values=reader.pad_values,
             dataset_size=dataset_size,
             prior=list(prior or ()),
@@ -158,6 +166,7 @@ class Reader:
         label_column: str,
         declared: list[str] | None,
         tokenizer: Path | None,
+        lengths: tuple[int, ...] | None = None,
     ) -> None:
         from dpbitfit_fx.ort_text import TextInput, labels_of
 
@@ -169,7 +178,7 @@ class Reader:
         self.label_entry = label_column
         if data.suffix.lower() == ".npz":
             return
-        self._text, self._labels = TextInput(artifacts, manifest, tokenizer), labels_of(manifest, declared)
+        self._text, self._labels = TextInput(artifacts, manifest, tokenizer, lengths), labels_of(manifest, declared)
         if self._labels is None:
             raise DataError("The export does not know the label set. Declare it, in the model's order: --labels a,b,c.")
         self.pad_values, self.label_entry = self._text.pad_values, self._text.paths["labels"]

@@ -35,6 +35,7 @@ class Evaluator:
         self.wanted = {i.name for i in self.session.get_inputs()}
         self.parameters, self.inputs = manifest["parameters"], manifest["batch_inputs"]
         self.gives_loss = bool(manifest.get("eval_takes_mask"))
+        self.one_length = "dynamic_length" not in manifest
 
     def _run(self, batch: Mapping[str, Array], mask: Array, flat: Array) -> list[Array]:
         given = {**batch, "sample_mask": mask, **pieces(self.parameters, flat, "onnx_name")}
@@ -53,7 +54,7 @@ class Evaluator:
         if not self.gives_loss and (entry is None or entry["shape"] or np.dtype(entry["dtype"]).kind not in "iu"):
             raise DataError(f"{label!r} is not an entry of the batch with one class number per record.")
         total = 0.0
-        for batch, mask in records.micro_batches(np.arange(len(records)), rows):
+        for batch, mask in records.micro_batches(np.arange(len(records)), rows, self.one_length):
             real = int(mask.sum())
             first = self._run(batch, mask, flat)[0]
             if self.gives_loss:

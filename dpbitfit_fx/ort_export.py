@@ -31,6 +31,7 @@ from dpbitfit_fx.onnx_export import (
     Core,
     Layout,
     Optimizer,
+    at_captured_length,
     constant,
     example_rows,
     export_core,
@@ -234,9 +235,9 @@ def _call(
 def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None) -> tuple[ir.Model, list[str]]:
     """The evaluation graph and its outputs' names; parameters follow the user inputs, in the training graph's order."""
     module = EvalModule(step, layout, eval_output, loss_function(step))
-    leaves = example_rows(step.example_batch, EXPORT_ROWS)
+    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
     with torch.no_grad():
-        flat = torch.from_numpy(flat_parameters(step))
+        flat = torch.from_numpy(flat_parameters(step, layout.parameters))
     values = [flat[p.offset : p.offset + p.numel].reshape(p.shape).clone() for p in layout.parameters]
     mask = [] if eval_output is not None else [torch.ones(EXPORT_ROWS)]
     args = [*leaves, *mask, *values]
@@ -253,7 +254,8 @@ def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]
     frozen = {safe_name(n.removeprefix("model."), taken, "frozen"): w for n, w in whole.weights.items()}
     batched = [True] * (len(leaves) + len(mask)) + [False] * (len(values) + len(frozen))
     args, names = [*args, *frozen.values()], [*names, *frozen]
-    model = to_onnx(whole, args, names, batched, outputs, "The evaluation model (eval_output, or the loss)")
+    what = "The evaluation model (eval_output, or the loss)"
+    model = to_onnx(whole, args, names, batched, outputs, what, length, padded)
     freeze(model, frozen)
     read_transposed(model)
     return model, outputs

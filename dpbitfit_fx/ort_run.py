@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, key_id, sum_digest
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
-from dpbitfit_fx.ort_backends import Array, Backend
-from dpbitfit_fx.ort_plan import Plan
+from dpbitfit_fx.onnx_seal import check_artifacts
+from dpbitfit_fx.ort_artifacts import phases_of
+from dpbitfit_fx.ort_backends import Array, Backend, initial_values, open_backend, pieces
+from dpbitfit_fx.ort_plan import PhasePlan, Plan, rates_by_parameter
 from dpbitfit_fx.ort_records import Records
+from dpbitfit_fx.privacy_statement import phase_run_id
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, statement_of_stopped
@@ -19,7 +25,61 @@ from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, statement
 if TYPE_CHECKING:
     from dpbitfit_fx.privacy_statement import PrivacyStatement
 
-__all__ = ["OrtRun"]
+__all__ = ["Backends", "OrtRun"]
+
+
+class Backends:
+    """The backend of the phase under way, and the values of all parameters that any phase trains, handed on from phase to
+    phase by name.
+
+    Raises:
+        SealBroken: a graph of any phase is not the private step that the manifest declares.
+        ArtifactError: the folder is not an export, was changed, or its runtime (or onnx, for the seal) is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+        self.folder, self.parameters, self.phases = Path(folder), manifest["parameters"], phases_of(manifest)
+        check_artifacts(folder, manifest)
+        values = initial_values(self.folder, manifest)
+        self._flat = np.concatenate([values[p["name"]].ravel() for p in self.parameters])
+        # One object: an interrupt finds the phase and its backend together.
+        self._current = (0, self._open(0, self._flat))
+
+    @property
+    def phase(self) -> int:
+        return self._current[0]
+
+    @property
+    def backend(self) -> Backend:
+        return self._current[1]
+
+    def _open(self, phase: int, flat: Array) -> Backend:
+        return open_backend(self.folder, self.phases[phase], pieces(self.parameters, flat, "name"))
+
+    def enter(self, phase: int) -> None:
+        """Hands the values on to another phase, whose optimizer is new."""
+        if phase != self.phase:
+            self._flat = self.flat()
+            self._current = (phase, self._open(phase, self._flat))
+
+    def flat(self) -> Array:
+        """float32[D] of the run's parameters."""
+        result: Array = self._flat.copy()
+        places = pieces(self.parameters, result, "name")
+        for name, value in pieces(self.phases[self.phase]["parameters"], self.backend.flat(), "name").items():
+            places[name][...] = value
+        return result
+
+    def restore(self, phase: int, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
+        """The values and the optimizer of `phase` as they were saved; unchanged where they cannot be loaded."""
+        flat = np.asarray(flat, np.float32)
+        if flat.shape != self._flat.shape:
+            raise ValueError("other parameters")
+        backend = self._open(phase, flat) if phase != self.phase or len(self.phases) > 1 else self.backend
+        places = pieces(self.parameters, flat, "name")
+        own = np.concatenate([places[p["name"]].ravel() for p in self.phases[phase]["parameters"]])
+        backend.restore(own, optimizer_state)
+        self._flat, self._current = flat.copy(), (phase, backend)
 
 
 class OrtRun:
@@ -31,7 +91,7 @@ class OrtRun:
     def __init__(
         self,
         manifest: Mapping[str, Any],
-        backend: Backend,
+        backends: Backends,
         records: Records,
         plan: Plan,
         key: SecretKey,
@@ -42,9 +102,8 @@ class OrtRun:
         declared: Mapping[str, Any],
     ) -> None:
         self.account = account
-        self.manifest, self.backend, self.records, self.plan = manifest, backend, records, plan
+        self.manifest, self.backends, self.records, self.plan = manifest, backends, records, plan
         self.key, self.store = key, store
-        self.size = int(manifest["num_trainable"])
         self.mechanism = account.named(plan.mechanism(manifest, key.insecure, tuning_covered, declared))
         self.fingerprint = _fingerprint(manifest, plan, key, records)
         self.ledger = ledger_of(self.mechanism)
@@ -54,6 +113,60 @@ class OrtRun:
         self.pending: dict[int, str] = {}
         # While a step's noise is being added, or a charge is not on disk yet: parameters, key and checkpoint disagree.
         self._torn = False
+        self._entered_phase = -1
+        self._settle()
+
+    @property
+    def phase(self) -> int:
+        """Of the step taken last."""
+        return self.backends.phase
+
+    @property
+    def stage(self) -> PhasePlan:
+        return self.plan.phases[self.phase]
+
+    @property
+    def backend(self) -> Backend:
+        return self.backends.backend
+
+    def flat(self) -> Array:
+        """float32[D] of all parameters that any phase trains."""
+        return self.backends.flat()
+
+    def _settle(self) -> None:
+        """Enters the phase that takes the next step."""
+        phase = self.ledger.phase_of(self.step)
+        self.backends.enter(phase)
+        if phase != self._entered_phase:
+            self._entered()
+
+    def _entered(self) -> None:
+        view = self.backends.phases[self.phase]
+        self.size = int(view["num_trainable"])
+        rates = rates_by_parameter([p["name"] for p in view["parameters"]], self.stage.learning_rates)
+        each = np.repeat(np.asarray(rates), [int(p["numel"]) for p in view["parameters"]])
+        self._rates: float | Array = each if "learning_rates" in view else rates[0]
+        runs = list(self.plan.prior)
+        plan = self.plan
+        for before, phase in enumerate(plan.phases[: self.phase]):
+            charged = self.ledger.limit(before) + self.ledger.charged[before]
+            name = phase_run_id(self.mechanism["statement"]["run_id"], before)
+            runs.append(PriorRun(name, phase.sampler.sample_rate, plan.noise_multiplier, charged, False))
+        self._tracker = EpsilonTracker(self.stage.sampler, plan.noise_multiplier, plan.target_delta, runs)
+        self._entered_phase = self.phase  # last: an interrupt before it is made good by the next step
+
+    @property
+    def steps_in_phase(self) -> int:
+        return self.step - self.ledger.start(self.phase)
+
+    @property
+    def phase_finished(self) -> bool:
+        return self.steps_in_phase >= self.ledger.limit(self.phase)
+
+    def spent(self) -> Callable[[], float]:
+        """ε after the steps taken so far, lost ones included, an upper bound; computed when called."""
+        tracker, step, lost = self._tracker, self.steps_in_phase, self.ledger.charged[self.phase]
+        return lambda: tracker.at(step, lost)
 
     @property
     def total(self) -> int:
@@ -75,7 +188,8 @@ class OrtRun:
         self.account.require()
         if self.step >= self.total:
             raise PrivacyError("The plan has 0 steps left. The budget was computed for the plan: make a new one.")
-        rows = self.plan.sampler.draw(self.key, self.step)
+        self._settle()
+        rows = self.stage.sampler.draw(self.key, self.step)
         noise = stream(self.key, "noise", self.step).normal(self.size).astype(np.float32)
         # Nothing is released by this, noise or no noise: the sum is in memory, and only `update` reads it.
         self._accumulate(rows, noise)
@@ -86,7 +200,7 @@ class OrtRun:
         if self.store is not None:
             self.store.record(JournalEntry(self.step, key_id(self.key), digest))
         self._torn = True
-        self.backend.update(noise, self.plan.rate(self.step))
+        self.backend.update(noise, self._rates * self.stage.factor(self.steps_in_phase))
         self.pending.pop(self.step, None)
         self.step += 1
         self._torn = False
@@ -94,7 +208,7 @@ class OrtRun:
     def _accumulate(self, rows: Array, noise: Array) -> None:
         """The clipped sum over `rows`, into the backend; with the noise, where that comes with the last micro-batch."""
         nothing = np.zeros_like(noise)
-        batches = self.records.micro_batches(rows, self.plan.physical_batch_size)
+        batches = self.records.micro_batches(rows, self.plan.physical_batch_sizes)
         try:
             self.backend.begin()
             batch, mask = next(batches)
@@ -150,6 +264,7 @@ class OrtRun:
             self._commit()
 
     def _commit(self) -> None:
+        self._settle()
         if self.store is None:
             return
         state = SavedState(
@@ -157,7 +272,7 @@ class OrtRun:
             charged_steps=list(self.ledger.charged),
             mechanism=self.mechanism,
             fingerprint=self.fingerprint,
-            trainables={"theta": self.backend.flat()},
+            trainables={"theta": self.flat()},
             optimizer=self.backend.optimizer_state(),
             history=self.history,
         )
@@ -186,8 +301,9 @@ class OrtRun:
                 "Repeat that run's arguments to continue it, or pass resume=False, overwrite=True to give it up: what it "
                 "has spent is then kept in the folder and counted in this run."
             )
+        ledger = ledger_of(self.mechanism, state.charged_steps)
         try:
-            self.backend.restore(state.trainables["theta"], state.optimizer)
+            self.backends.restore(ledger.phase_of(state.step), state.trainables["theta"], state.optimizer)
         except (ArtifactError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"The checkpoint's optimizer state cannot be loaded ({type(error).__name__}). Nothing was changed."
@@ -196,6 +312,7 @@ class OrtRun:
         self.key.erase()
         self.key, self.step, self.history = key, state.step, list(state.history)
         self.ledger.charged = list(state.charged_steps)
+        self._entered()
         self.pending = {entry.step: entry.digest for entry in pending}
         assert self.store is not None
         self.store.resume_journal(pending)
@@ -210,15 +327,21 @@ def _fingerprint(manifest: Mapping[str, Any], plan: Plan, key: SecretKey, record
     """What a bit-for-bit replay depends on; the data are known by the digests in the journal."""
     import onnxruntime
 
+    views = phases_of(manifest)
+    schedules = [
+        phase.schedule.to_dict() | ({"over": phase.sampler.steps} if phase.schedule.kind != "constant" else {})
+        for phase in plan.phases
+    ]
     return {
         "backend": manifest["target"],
-        "optimizer": manifest["optimizer"]["type"],
-        "parameters": [[p["name"], list(p["shape"])] for p in manifest["parameters"]],
+        "optimizer": [view["optimizer"]["type"] for view in views],
+        "parameters": [[[p["name"], list(p["shape"])] for p in view["parameters"]] for view in views],
         "onnxruntime": onnxruntime.__version__,
         "files": dict(manifest["files"]),
-        "learning_rate": plan.learning_rate,
-        "schedule": plan.schedule.to_dict() | ({"over": plan.sampler.steps} if plan.schedule.kind == "linear" else {}),
-        "physical_batch_size": plan.physical_batch_size,
+        "learning_rates": [[list(pair) for pair in phase.learning_rates] for phase in plan.phases],
+        "schedules": schedules,
+        "physical_batch_size": list(plan.physical_batch_sizes),
+        "padded_lengths": {path: list(lengths) for path, lengths in records.lengths.items()},
         "pad_values": records.pad_values,
         "insecure": key.insecure,
     }

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpbitfit_fx.accounting import EpsilonTracker, Prior, PriorRun, resolve_prior
+from dpbitfit_fx.accounting import Prior, resolve_prior
 from dpbitfit_fx.biases import save_biases
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.errors import ArtifactError, DPBitFitError, PrivacyError
@@ -29,7 +28,7 @@ from dpbitfit_fx.ort_artifacts import read_manifest
 from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBackend, load_artifacts, pieces
 from dpbitfit_fx.ort_plan import Plan, Schedule, plan_for
 from dpbitfit_fx.ort_records import Records
-from dpbitfit_fx.ort_run import OrtRun
+from dpbitfit_fx.ort_run import Backends, OrtRun
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.privacy_statement import new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
@@ -60,7 +59,10 @@ class OrtTrainer:
         artifacts: folder written by ``export_ort_training`` or ``export_onnx``.
         data, pad_values: see ``Records``.
         steps or epochs, dataset_size, target_delta, target_epsilon, learning_rate, schedule, physical_batch_size: see
-            ``ort_plan``; defaults are the export's. sample_rate is expected_batch_size / dataset_size.
+            ``ort_plan``; defaults are the export's. sample_rate is expected_batch_size / dataset_size. An export of several
+            phases has its own steps, learning rates and schedules.
+        padded_lengths: public lengths, where the export has a free one: each record is padded to the smallest that holds
+            it; physical_batch_size is then one number, or one per length. Default: the export's.
         prior: privacy.json files or statements of earlier runs on the same records, composed exactly.
         ledger: as in ``fit``; ``close`` settles a run that is left before its end.
         output_dir: receives biases.safetensors, privacy.json and summary.md; while running, a private checkpoint
@@ -87,7 +89,8 @@ class OrtTrainer:
         target_epsilon: float | None = None,
         learning_rate: float | None = None,
         schedule: Schedule | None = None,
-        physical_batch_size: int = 32,
+        physical_batch_size: int | Sequence[int] = 32,
+        padded_lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         pad_values: Mapping[str, float] | None = None,
         prior: Prior | Iterable[Prior] = (),
         ledger: Ledger | str | os.PathLike[str] | None = None,
@@ -104,7 +107,7 @@ class OrtTrainer:
         self.account = RunAccount(ledger)
         self.folder = Path(artifacts)
         self.manifest = read_manifest(self.folder)
-        self.records = Records(self.manifest, data, pad_values)
+        self.records = Records(self.manifest, data, pad_values, padded_lengths)
         self.records.check()
         self.checkpoint_every = checkpoint_every
         self.output_dir = None if output_dir is None else ensure_output_folder(output_dir)
@@ -122,6 +125,7 @@ class OrtTrainer:
                 self.plan = plan_for(
                     self.manifest,
                     len(self.records),
+                    padded_lengths=self.records.lengths,
                     steps=steps,
                     epochs=epochs,
                     dataset_size=dataset_size,
@@ -135,15 +139,15 @@ class OrtTrainer:
             plan = self.plan
             own = self.store.run_id if self.store is not None and self.store.exists else new_run_id()
             self.account.check(
-                [PriorRun(own, plan.sampler.sample_rate, plan.noise_multiplier, plan.sampler.steps)],
-                dataset_size=plan.sampler.dataset_size,
+                plan.as_runs(own),
+                dataset_size=plan.phases[0].sampler.dataset_size,
                 run_delta=plan.target_delta,
                 prior=plan.prior,
             )
             seed = insecure_seed_for_tests
             self.run = OrtRun(
                 self.manifest,
-                load_artifacts(self.folder, self.manifest),
+                Backends(self.folder, self.manifest),
                 self.records,
                 self.plan,
                 SecretKey() if seed is None else SecretKey.insecure_for_tests(seed),
@@ -152,7 +156,6 @@ class OrtTrainer:
                 tuning_covered=tuning_covered,
                 declared=dict(public_declarations or {}),
             )
-            self._tracker = EpsilonTracker(plan.sampler, plan.noise_multiplier, plan.target_delta, plan.prior)
             resumed = self.store is not None and self.store.exists
             if self.store is not None and resumed:
                 self.run.restore(*self.store.load())
@@ -216,7 +219,6 @@ class OrtTrainer:
                 "new one."
             )
         goal = run.total if steps is None else run.step + steps
-        per_epoch = max(1, round(1 / self.plan.sampler.sample_rate))
         bar = Progress(progress, run.step, run.total)
         try:
             while run.step < min(goal, run.total):
@@ -224,11 +226,12 @@ class OrtTrainer:
                 run.advance()
                 if run.step == before:  # charged: the same step again, under a new key
                     continue
-                spent = partial(self._tracker.at, run.step, run.lost)
-                if eval_fn is not None and (run.step % per_epoch == 0 or run.step >= run.total):
-                    run.history.append({"step": run.step, "epsilon": spent(), **eval_fn(self)})
+                spent, stage, done = run.spent(), run.stage, run.steps_in_phase
+                if eval_fn is not None and (done % stage.per_epoch == 0 or run.phase_finished):
+                    where = {"phase": run.phase} if len(self.plan.phases) > 1 else {}
+                    run.history.append({"step": run.step, "epsilon": spent(), **where, **eval_fn(self)})
                 for callback in callbacks:
-                    callback(StepInfo(run.step, run.total, self.plan.rate(before), spent))
+                    callback(StepInfo(run.step, run.total, stage.rate(done - 1), spent, run.phase))
                 bar.update(run.step, spent)
                 if run.step % self.checkpoint_every == 0 and run.step < run.total:
                     run.save()
@@ -241,7 +244,7 @@ class OrtTrainer:
 
     def flat(self) -> Array:
         """The trained parameters, ``float32[D]``."""
-        return self.run.backend.flat()
+        return self.run.flat()
 
     def biases(self) -> dict[str, Array]:
         """The trained parameters by their torch names."""

@@ -17,6 +17,7 @@ from dpbitfit_fx.data import TextTable
 from dpbitfit_fx.errors import ArtifactError, DataError, DPBitFitError
 from dpbitfit_fx.files import read_text
 from dpbitfit_fx.ort_artifacts import attach, read_manifest
+from dpbitfit_fx.ort_records import public_lengths
 
 __all__ = ["TextInput", "attach_text", "labels_of"]
 
@@ -24,14 +25,25 @@ TOKENIZER: Final = "tokenizer.json"
 _PARTS: Final = ("input_ids", "attention_mask", "labels")
 
 
-def attach_text(folder: str | os.PathLike[str], tokenizer: str, labels: Sequence[str], pad_id: int = 0) -> None:
-    """Puts `tokenizer` (the contents of a tokenizer.json) beside an export, and the label set into its manifest.
+def attach_text(
+    folder: str | os.PathLike[str],
+    tokenizer: str,
+    labels: Sequence[str],
+    pad_id: int = 0,
+    padded_lengths: Sequence[int] | None = None,
+) -> None:
+    """Puts `tokenizer` (the contents of a tokenizer.json) beside an export, and the label set into its manifest; where the
+    export has a free length, also the public lengths that texts are padded to.
 
     Raises:
         ArtifactError: the folder is no export or cannot be written; then its manifest is as it was.
     """
+    manifest, more = read_manifest(folder), dict[str, Any]()
+    if padded_lengths is not None:
+        lengths = public_lengths(manifest, padded_lengths)
+        more["padded_lengths"] = {path: list(numbers) for path, numbers in lengths.items()}
     text = {"tokenizer": TOKENIZER, "labels": list(labels), "pad_id": int(pad_id)}
-    attach(Path(folder), read_manifest(folder), TOKENIZER, tokenizer, text=text)
+    attach(Path(folder), manifest, TOKENIZER, tokenizer, text=text, **more)
 
 
 def labels_of(manifest: Mapping[str, Any], declared: Sequence[str] | None) -> list[str] | None:
@@ -50,10 +62,10 @@ def labels_of(manifest: Mapping[str, Any], declared: Sequence[str] | None) -> li
 
 
 class TextInput:
-    """Turns texts into records of the export's shapes: cut or padded to its public length, each by itself.
+    """Turns texts into records for the export: cut to its (longest) public length, each by itself.
 
     Args:
-        tokenizer: a tokenizer.json, in place of the export's own.
+        tokenizer: a tokenizer.json, in place of the export's own. padded_lengths: as ``Records`` is given them.
 
     Raises:
         DataError: the export's batch is not made of text. ArtifactError: there is no tokenizer, or it cannot be read.
@@ -64,6 +76,7 @@ class TextInput:
         folder: str | os.PathLike[str],
         manifest: Mapping[str, Any],
         tokenizer: str | os.PathLike[str] | None = None,
+        padded_lengths: Sequence[int] | None = None,
     ) -> None:
         entries = {entry["path"].strip("/").split("/")[-1]: entry for entry in manifest["batch_inputs"]}
         shapes = {name: len(entry["shape"]) for name, entry in entries.items()}
@@ -73,7 +86,8 @@ class TextInput:
                 "records as a .npz file with one array per entry."
             )
         self.paths = {name: entry["path"] for name, entry in entries.items()}
-        self.length = int(entries["input_ids"]["shape"][0])
+        lengths = public_lengths(manifest, padded_lengths).get(self.paths["input_ids"])
+        self.length = int(entries["input_ids"]["shape"][0]) if lengths is None else lengths[-1]
         about = manifest.get("text", {})
         if tokenizer is None and not about:
             raise ArtifactError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpbitfit_fx import demo
 from dpbitfit_fx.demo import Asset, Recipe, fetch
@@ -67,6 +68,23 @@ def test_the_schedule_rises_once_and_ends_near_zero() -> None:
     assert max(rates) <= 1.0
     assert 0.0 < rates[-1] < 0.05
     assert rates.index(max(rates)) <= 6
+
+
+def test_what_is_exported_is_the_recipe_that_fit_trains() -> None:
+    recipe, head = Recipe(), torch.nn.Linear(2, 2)
+    bias = torch.nn.Parameter(torch.zeros(2))
+    for ours, fits in zip(recipe.run_phases(9512), recipe.phases(9512, list(head.parameters())), strict=True):
+        shared = ("trainable", "max_steps", "expected_batch_size")
+        assert [getattr(ours, name) for name in shared] == [getattr(fits, name) for name in shared]
+        assert ours.max_steps is not None and callable(fits.lr_schedule)
+        wanted = [fits.lr_schedule(step) for step in range(ours.max_steps)]
+        assert [ours.schedule.factor(step, ours.max_steps) for step in range(ours.max_steps)] == wanted
+    first, second = recipe.run_phases(9512)
+    assert getattr(first.optimizer, "lr", None) == recipe.probe_rate == recipe.phases(9512, [])[0].learning_rate
+    optimizer = recipe.phases(9512, list(head.parameters()))[1].optimizer
+    assert optimizer is not None and second.learning_rates is not None
+    groups = optimizer([bias, *head.parameters()]).param_groups
+    assert [group["lr"] for group in groups] == [second.learning_rates["*"], second.learning_rates["head.*"]]
 
 
 @pytest.mark.slow
