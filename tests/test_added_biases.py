@@ -17,6 +17,7 @@ from small_models import Sandwich, assert_untouched, losses, photograph, points,
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.biases import _checksum
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.passes import added_biases, bias_slots
 
@@ -581,7 +582,8 @@ def test_loading_added_biases_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="other frozen weights"):
         dpb.load_biases(elsewhere, file)
     for wrong in ("{", '{"stem.bias": {}}', '{"stem.bias": {"module": "block", "leaf": "bias", "view": [6, 1, 1]}}'):
-        save_file(tensors, tmp_path / "bad", {**metadata, "added_biases": wrong})
+        edited = {**metadata, "added_biases": wrong}
+        save_file(tensors, tmp_path / "bad", {**edited, "sha256": _checksum(tensors, edited)})
         model = resnet()
         before = photograph(model)
         with pytest.raises(ArtifactError, match="added biases belong"):
