@@ -38,6 +38,7 @@ from dpbitfit_fx.files import (
     describe_os_error,
     ensure_output_folder,
     json_digest,
+    same_file,
 )
 from dpbitfit_fx.randomness import SecretKey, stream
 
@@ -163,6 +164,12 @@ class CheckpointStore:
 
         Raises ArtifactError where it cannot be written, CheckpointError where another process is running in it.
         """
+        while not self._lock_file():
+            pass  # who held it removed it at its end
+        return self
+
+    def _lock_file(self) -> bool:
+        """Whether the file that was locked still has its name: a later process locks the one that has."""
         ensure_output_folder(self.folder)
         with contextlib.suppress(OSError):
             self.folder.chmod(0o700)
@@ -173,7 +180,7 @@ class CheckpointStore:
         try:
             import fcntl
         except ImportError:  # no advisory locks here (Windows)
-            return self
+            return True
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -183,7 +190,11 @@ class CheckpointStore:
                 f"Another process is training in {str(self.folder.parent)!r}. Two runs there would release different "
                 f"values under the same noise. Wait for it to end, or choose another output_dir."
             ) from None
-        return self
+        if same_file(self._lock.fileno(), self.folder / "lock"):
+            return True
+        self._lock.close()
+        self._lock = None
+        return False
 
     def close(self) -> None:
         """Unlock. A checkpoint stays on disk; a folder without one is removed."""

@@ -135,6 +135,7 @@ def train(
     tuning_covered: TuningCovered = False,
 ) -> None:
     """Train the biases of a model on private labelled text."""
+    from dpbitfit_fx.accounting import format_epsilon
     from dpbitfit_fx.ledger import Ledger
 
     budget = None if ledger is None else Ledger(ledger, who=ledger_user)
@@ -205,8 +206,8 @@ def train(
     if result.history:
         console.print(f"accuracy on the public file: {result.history[-1]['accuracy']:.1%}")
     console.print(
-        f"epsilon = {result.epsilon:.4g} at delta = {result.delta:g}, noise multiplier {result.noise_multiplier:.4g}, "
-        f"{result.steps} steps. Everything is in {escape(str(output))}."
+        f"epsilon = {format_epsilon(result.epsilon)} at delta = {result.delta:g}, noise multiplier "
+        f"{result.noise_multiplier:.4g}, {result.steps} steps. Everything is in {escape(str(output))}."
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
+from dpbitfit_fx.accounting import format_epsilon
 from dpbitfit_fx.demo import (
     DELTA,
     LABELS,
@@ -130,7 +131,8 @@ def run_without_pytorch(
         console.print(f"run {number}: test accuracy {scores[-1]:.1%}, {seconds[-1]:.0f} s")
     spent = json.loads((output / "run-1" / "privacy.json").read_text())["epsilon"]
     console.print(
-        f"DP-BiTFiT without PyTorch, epsilon = {spent:.4g}: test accuracy {np.mean(scores):.1%}, mean of {seeds} run(s)."
+        f"DP-BiTFiT without PyTorch, epsilon = {format_epsilon(spent)}: test accuracy {np.mean(scores):.1%}, mean of {seeds} "
+        "run(s)."
     )
     numbers = {"epsilon": spent, "accuracies": scores, "seconds": seconds, "export_seconds": exported}
     atomic_write_text(output / "without-pytorch.json", json.dumps(numbers, indent=2) + "\n")

@@ -63,6 +63,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def same_file(descriptor: int, path: str | os.PathLike[str]) -> bool:
+    """Whether the open file is the one that has this name now: a lock on any other locks nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """All of it, however little each call takes."""
     view = memoryview(data)

@@ -353,7 +353,13 @@ def fit(
                 _train(run, model, eval_fn, callbacks, progress)
 
         run.save()
-        statement = account.settle(run.statement())
+        statement = run.statement()
+        try:
+            statement = account.settle(statement)
+        except DPBitFitError as error:
+            if store is not None:
+                raise  # the checkpoint is whole: the same call settles and writes the results
+            account.warn_of(error)
         if run.average is not None:
             run.average.apply()  # after the last checkpoint, which holds the parameters themselves
         if folder is not None and store is not None:

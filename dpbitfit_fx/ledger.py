@@ -38,7 +38,7 @@ from dpbitfit_fx.accounting import (
     most_steps,
 )
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
-from dpbitfit_fx.files import atomic_write_bytes, describe_os_error, sync_folder, write_all
+from dpbitfit_fx.files import atomic_write_bytes, describe_os_error, same_file, sync_folder, write_all
 
 __all__ = ["Books", "Head", "Ledger", "RunBooks", "base_id"]
 
@@ -495,7 +495,7 @@ class Ledger:
                             "started. Try again, or find that process."
                         ) from None
                 else:
-                    if _same_file(descriptor, self.path):  # else it was replaced while we waited
+                    if same_file(descriptor, self.path):  # else it was replaced while we waited
                         yield descriptor
                         return
             finally:
@@ -520,13 +520,6 @@ def _contents(descriptor: int) -> bytes:
     except OSError as error:
         raise ArtifactError(describe_os_error(error, "the ledger", "read")) from error
     return b"".join(parts)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
 
 
 def _canonical(entry: Mapping[str, Any]) -> bytes:

@@ -141,6 +141,7 @@ def export_run(
         example_batch: **made-up or public**, two rows at least; cut or repeated to the padded lengths.
         target_epsilon, noise_multiplier: exactly one of them; the noise is solved for all phases (and ``prior``) together,
             as by ``fit``, and baked into the graphs. The runner never exceeds a target_epsilon given here.
+        prior: as in ``fit``; the manifest holds them, and the runner counts them without being told again.
         dataset_size, target_delta: public; the runner refuses a data set of another size.
         padded_lengths: as in ``fit``: one graph takes them all, or there is one for each, with a warning. Default: the
             length of the example.
@@ -223,6 +224,7 @@ def export_run(
             extra |= {"eval_outputs": outputs, "eval_takes_mask": False, "eval_outputs_are_private": False}
         save_models(models, folder, previous)
         plan = plan_metadata(None, dataset_size, None, delta) | {"target_epsilon": target_epsilon}
+        plan["prior"] = [run.to_dict() for run in runs]
         manifest = manifest_of(last.step, whole, last.optimizer, "onnx", plan, extra)
         shared = {name: value for name, value in manifest.items() if name not in _OF_A_PHASE}
         added = {bias.name: bias for each in steps for bias in each[0].added_biases}

@@ -186,7 +186,13 @@ def _shape_fault(manifest: Mapping[str, Any]) -> str | None:
             return f"{name!r} is not what it should be"
     parts = {"name": _text, "onnx_name": _text, "shape": sizes, "offset": _whole, "numel": _whole}
     batch = {"path": lambda v: isinstance(v, str), "name": _text, "shape": sizes, "dtype": lambda v: v in _DTYPES}
-    plan = {"sample_rate": _number, "dataset_size": _whole, "steps": _whole, "target_delta": _number}
+    plan: dict[str, Callable[[Any], bool]] = {
+        "sample_rate": _number,
+        "dataset_size": _whole,
+        "steps": _whole,
+        "target_delta": _number,
+        "prior": lambda v: isinstance(v, list),
+    }
     faults = [
         each("parameters", list, parts),
         each("batch_inputs", list, batch),

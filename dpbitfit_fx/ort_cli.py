@@ -92,6 +92,7 @@ def ort_train(
     tuning_covered: TuningCovered = False,
 ) -> None:
     """Train from an export on private records, in ONNX Runtime, without PyTorch."""
+    from dpbitfit_fx.accounting import format_epsilon
     from dpbitfit_fx.data import parse_lengths
     from dpbitfit_fx.files import ensure_output_folder
     from dpbitfit_fx.ledger import Ledger
@@ -149,7 +150,7 @@ def ort_train(
             console().print(f"{name} on the public file: {trainer.history[-1][name]:.4g}")
     lost = f" and {statement.lost_steps} lost ones" if statement.lost_steps else ""
     console().print(
-        f"epsilon = {statement.epsilon:.4g} at delta = {statement.delta:g}, noise multiplier "
+        f"epsilon = {format_epsilon(statement.epsilon)} at delta = {statement.delta:g}, noise multiplier "
         f"{statement.noise_multiplier:.4g}, {statement.steps} steps{lost}. Everything is in {escape(str(output))}."
     )
 

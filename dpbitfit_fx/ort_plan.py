@@ -18,6 +18,7 @@ from dpbitfit_fx.accounting import (
     check_target_epsilon,
     epsilon_of_phases,
     format_epsilon,
+    resolve_prior,
 )
 from dpbitfit_fx.errors import ArtifactError, DataError, PrivacyError
 from dpbitfit_fx.ort_artifacts import clipping_of, phases_of
@@ -230,7 +231,7 @@ def plan_for(
     """The export's plan, completed and overruled by the arguments, for a data set of `records`.
 
     Args:
-        padded_lengths: of ``ort_records.public_lengths``.
+        padded_lengths: of ``ort_records.public_lengths``. prior: besides the earlier runs that the export was planned with.
 
     Raises:
         DataError: the data set is not of the declared size. PrivacyError: the plan is incomplete, contradicts the export,
@@ -276,7 +277,7 @@ def plan_for(
         physical_sizes(physical_batch_size, buckets),
         lengths,
         None if target is None else check_target_epsilon(target),
-        tuple(prior),
+        resolve_prior([*(PriorRun.from_dict(run) for run in known.get("prior") or ()), *prior]),
         declared is None,
     )
     _check_budget(plan)

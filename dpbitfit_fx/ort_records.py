@@ -186,8 +186,16 @@ class Records:
         """Every record once, before any budget is spent.
 
         Raises:
-            DataError: one does not fit; the row is given by number.
+            DataError: one does not fit, or is there twice; the row is given by number.
         """
+        known: dict[int, int] = {}
+        for row, record in enumerate(self.data if isinstance(self.data, (list, tuple)) else ()):
+            first = known.setdefault(id(record), row)
+            if first != row:
+                raise DataError(
+                    f"Rows {first} and {row} of the data set are the same record. What is protected is one row, so whoever is "
+                    "in several would be protected less than epsilon says. Take each record once."
+                )
         for entry in self.inputs:
             column = self._column(self.data, entry, None) if isinstance(self.data, Mapping) else None
             alike = isinstance(column, np.ndarray) and column.dtype.kind != "O"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
+from dpbitfit_fx.accounting import EpsilonTracker
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, key_id, sum_digest
 from dpbitfit_fx.errors import ArtifactError, CheckpointError, DataError, PrivacyError
 from dpbitfit_fx.onnx_seal import check_artifacts
@@ -17,9 +17,8 @@ from dpbitfit_fx.ort_artifacts import phases_of
 from dpbitfit_fx.ort_backends import Array, Backend, initial_values, open_backend, pieces
 from dpbitfit_fx.ort_plan import PhasePlan, Plan, rates_by_parameter
 from dpbitfit_fx.ort_records import Records
-from dpbitfit_fx.privacy_statement import phase_run_id
 from dpbitfit_fx.randomness import SecretKey, stream
-from dpbitfit_fx.run_account import RunAccount
+from dpbitfit_fx.run_account import RunAccount, besides
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, statement_of_stopped
 
 if TYPE_CHECKING:
@@ -146,13 +145,8 @@ class OrtRun:
         rates = rates_by_parameter([p["name"] for p in view["parameters"]], self.stage.learning_rates)
         each = np.repeat(np.asarray(rates), [int(p["numel"]) for p in view["parameters"]])
         self._rates: float | Array = each if "learning_rates" in view else rates[0]
-        runs = list(self.plan.prior)
-        plan = self.plan
-        for before, phase in enumerate(plan.phases[: self.phase]):
-            charged = self.ledger.limit(before) + self.ledger.charged[before]
-            name = phase_run_id(self.mechanism["statement"]["run_id"], before)
-            runs.append(PriorRun(name, phase.sampler.sample_rate, plan.noise_multiplier, charged, False))
-        self._tracker = EpsilonTracker(self.stage.sampler, plan.noise_multiplier, plan.target_delta, runs)
+        runs = besides(self.mechanism, self.ledger, self.phase)
+        self._tracker = EpsilonTracker(self.stage.sampler, self.plan.noise_multiplier, self.plan.target_delta, runs)
         self._entered_phase = self.phase  # last: an interrupt before it is made good by the next step
 
     @property
@@ -240,6 +234,7 @@ class OrtRun:
         self.account.reserve(self.mechanism, self.ledger.at_most(self.step, lost))
         self._torn = True
         self.ledger.charge(self.step, lost)
+        self._entered_phase = -1  # what ε so far has besides this phase is another now
         self.pending = {}
         old, self.key = self.key, self.key.renewed()
         self._commit()

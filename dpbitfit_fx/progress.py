@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from dpbitfit_fx.accounting import format_epsilon
+
 __all__ = ["Progress", "StepInfo"]
 
 
@@ -50,15 +52,15 @@ class Progress:
                 TextColumn("private steps"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("epsilon <= {task.fields[epsilon]:.3f}"),
+                TextColumn("epsilon <= {task.fields[epsilon]}"),
                 TextColumn("{task.fields[speed]:.2f} steps/s"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=self._total, completed=self._first, epsilon=0.0, speed=0.0)
+            self._task = self._bar.add_task("", total=self._total, completed=self._first, epsilon="0", speed=0.0)
         speed = (done - self._first) / max(1e-9, time.monotonic() - self._start)
-        self._bar.update(self._task, completed=done, epsilon=spent(), speed=speed)
+        self._bar.update(self._task, completed=done, epsilon=format_epsilon(spent(), 3), speed=speed)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -16,9 +16,10 @@ from typing import Any
 from dpbitfit_fx.accounting import PriorRun
 from dpbitfit_fx.errors import CheckpointError, DPBitFitError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.ledger import Ledger, base_id
+from dpbitfit_fx.phases import StepLedger
 from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
 
-__all__ = ["RunAccount", "mechanisms_of"]
+__all__ = ["RunAccount", "besides", "mechanisms_of"]
 
 
 def mechanisms_of(mechanism: Mapping[str, Any], steps: Sequence[int]) -> list[PriorRun]:
@@ -35,6 +36,15 @@ def mechanisms_of(mechanism: Mapping[str, Any], steps: Sequence[int]) -> list[Pr
         )
         for index, (phase, count) in enumerate(zip(phases, steps, strict=True))
     ]
+
+
+def besides(mechanism: Mapping[str, Any], ledger: StepLedger, phase: int) -> list[PriorRun]:
+    """All that ε of a run in `phase` has besides that phase: earlier runs, the phases before it, and what those after it
+    have lost already, since the steps of one crash may lie on both sides of a border.
+    """
+    steps = [ledger.charged[i] + (ledger.limit(i) if i < phase else 0) for i in range(len(ledger.planned))]
+    steps[phase] = 0
+    return [*(PriorRun.from_dict(run) for run in mechanism["prior"]), *mechanisms_of(mechanism, steps)]
 
 
 class RunAccount:
@@ -130,12 +140,16 @@ class RunAccount:
         try:
             self.settle(so_far())
         except DPBitFitError as error:
-            warnings.warn(
-                f"{error} So the run that stopped stays charged with all that it had reserved, until it is continued or "
-                "settled (`dpbitfit ledger settle`).",
-                PrivacyWarning,
-                stacklevel=2,
-            )
+            self.warn_of(error)
+
+    def warn_of(self, error: DPBitFitError) -> None:
+        """Of a settlement that failed, where the run has nothing to gain from failing too."""
+        warnings.warn(
+            f"{error} So this run stays charged with all that it had reserved, until it is continued or settled "
+            "(`dpbitfit ledger settle LEDGER FOLDER`, with its privacy.json in the folder).",
+            PrivacyWarning,
+            stacklevel=2,
+        )
 
     def settle_given_up(self, folder: Path | None, found: Iterable[PrivacyStatement], own: str | None) -> None:
         """Settles runs that were given up in the folder, and checks that the ledger has kept what their statements saw.

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpbitfit_fx.accounting import EpsilonTracker, PriorRun
+from dpbitfit_fx.accounting import EpsilonTracker
 from dpbitfit_fx.arrays import raw_bytes
 from dpbitfit_fx.averaging import TailAverage
 from dpbitfit_fx.checkpoint import CheckpointStore, JournalEntry, SavedState, encode, key_id, sum_digest
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
-from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
+from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import SecretKey
-from dpbitfit_fx.run_account import RunAccount
+from dpbitfit_fx.run_account import RunAccount, besides
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, make_statement, statement_of_stopped
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -91,12 +91,11 @@ class TrainingRun:
         # An optimizer may have written through .data, which what is cached of frozen weights would not notice.
         torch.autograd.graph.increment_version(list(self.trainables.values()))
         self.optimizer, self.set_rates = self.stage.begin()
+        self._track()
+
+    def _track(self) -> None:
         sigma, delta = self.mechanism["noise_multiplier"], self.mechanism["statement"]["delta"]
-        runs = [PriorRun.from_dict(run) for run in self.mechanism["prior"]]
-        for before, stage in enumerate(self.stages[:phase]):
-            charged = self.ledger.limit(before) + self.ledger.charged[before]
-            name = phase_run_id(self.mechanism["statement"]["run_id"], before)
-            runs.append(PriorRun(name, stage.sampler.sample_rate, sigma, charged, False))
+        runs = besides(self.mechanism, self.ledger, self.phase)
         self._tracker = EpsilonTracker(self.stage.sampler, sigma, delta, runs)
 
     def _settle(self) -> None:
@@ -139,6 +138,7 @@ class TrainingRun:
         """Pays for `lost` steps that somebody may have seen, and goes on under a new key; on disk first of all."""
         self.account.reserve(self.mechanism, self.ledger.at_most(self.step, lost))
         self.ledger.charge(self.step, lost)
+        self._track()
         self.pending = {}
         old, self.key = self.key, self.key.renewed()
         self.save()

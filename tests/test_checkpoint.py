@@ -118,6 +118,31 @@ def test_every_private_file_is_readable_by_its_owner_only(tmp_path: Path) -> Non
     store.close()
 
 
+def test_a_lock_on_a_file_that_its_last_holder_removed_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process ends between another's opening of the lock file and its locking it. Then a third one comes."""
+    import fcntl
+
+    first, second, third = (CheckpointStore(tmp_path / "c") for _ in range(3))
+    first.open()
+    flock = fcntl.flock
+
+    def late(*arguments: Any) -> None:
+        first.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.open()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="Another process is training"):
+        third.open()
+    second.save(state_at(1), SecretKey())
+    second.close()
+    assert third.open().exists
+    third.close()
+
+
 def test_no_step_is_journaled_without_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not open"):
         CheckpointStore(tmp_path / "c").open().record(JournalEntry(0, "k", "d"))

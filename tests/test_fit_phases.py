@@ -260,6 +260,18 @@ def test_lost_steps_are_charged_to_the_phase_that_took_them(tmp_path: Path) -> N
     assert result.epsilon == epsilon_of_phases([(SAMPLERS[0], 5), (SAMPLERS[1], 7)], result.noise_multiplier, DELTA)
 
 
+def test_epsilon_so_far_counts_what_a_later_phase_has_lost_already(tmp_path: Path) -> None:
+    """One crash loses the last step of the first phase and three of the second; the first phase then goes on."""
+    crashed(tmp_path, step=8, checkpoint_every=4, **FIXED)
+    infos: list[StepInfo] = []
+    phases = (dpb.Phase(["2.*"], max_steps=5, learning_rate=0.1), PHASES[1])
+    result = run_phases(tmp_path, phases=phases, callbacks=[infos.append], **FIXED)
+    assert [(p.steps, p.lost_steps) for p in result.statement.phases] == [(5, 1), (7, 3)]
+    assert (infos[0].step, infos[0].phase, infos[-1].phase) == (5, 0, 1)
+    assert infos[0].epsilon >= epsilon_of_phases([(SAMPLERS[0], 6), (SAMPLERS[1], 3)], 1.0, DELTA)
+    assert infos[-1].epsilon >= result.epsilon
+
+
 def test_a_run_given_up_in_its_second_phase_is_paid_for_phase_by_phase(tmp_path: Path) -> None:
     crashed(tmp_path, step=8)
     result = run(tmp_path, resume=False, overwrite=True, **FIXED)

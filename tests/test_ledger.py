@@ -479,6 +479,30 @@ def test_a_ledger_that_cannot_be_settled_keeps_the_whole_reservation_and_says_so
     assert list(charged(ledger).values()) == [(STEPS,)]
 
 
+def test_a_finished_run_is_not_lost_with_its_ledger(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a folder nothing could continue it: its result is handed out. With one the same call ends it."""
+    settle = Ledger.settle
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PrivacyError("Another process has held the ledger for 120 s.")
+
+    monkeypatch.setattr(Ledger, "settle", fail)
+    with pytest.warns(PrivacyWarning, match="stays charged with all that it had reserved"):
+        alone = run(None, ledger=ledger, **FIXED)
+    assert alone.epsilon == spent(STEPS) and alone.statement.ledger is None
+    with pytest.raises(PrivacyError, match="held the ledger"):
+        run(tmp_path / "out", ledger=ledger, **FIXED)
+    monkeypatch.setattr(Ledger, "settle", settle)
+    assert [books.settled for books in ledger.read().runs.values()] == [None, None]
+    ended = run(tmp_path / "out", ledger=ledger, callbacks=[crash_at(STEPS)], **FIXED)
+    alone.statement.save(tmp_path)
+    assert invoke("settle", ledger.path, tmp_path).exit_code == 0
+    assert [books.settled for books in ledger.read().runs.values()] == [(STEPS,), (STEPS,)]
+    assert ended.statement.ledger is not None
+
+
 def test_no_step_is_taken_without_a_reservation(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpbitfit_fx.training_run import TrainingRun
 

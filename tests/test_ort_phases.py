@@ -29,6 +29,7 @@ from test_ort_text import WORDS, word_tokenizer
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.accounting import PriorRun, epsilon_of_phases
 from dpbitfit_fx.batching import ItemLayout, PhysicalBatches
 from dpbitfit_fx.biases import read_biases
 from dpbitfit_fx.data import TextTable
@@ -39,6 +40,7 @@ from dpbitfit_fx.ort_plan import rates_by_parameter
 from dpbitfit_fx.ort_records import Records, public_lengths
 from dpbitfit_fx.ort_runner import OrtTrainer, load_artifacts
 from dpbitfit_fx.ort_text import TextInput, attach_text
+from dpbitfit_fx.progress import StepInfo
 
 LENGTHS, RECORDS, DELTA, EPSILON = (4, 6, 9), 60, 1e-3, 8.0
 STEPS = (3, 4)  # of the head alone, then of the head and the norms' biases
@@ -302,6 +304,49 @@ def test_lost_steps_are_charged_to_the_phase_that_took_them_and_the_target_holds
     )  # checkpoint at 2; step 2, the first phase's last, was seen
     _, statement = finished(trainer(tmp_path / "border", physical_batch_size=5))
     assert [(p.steps, p.lost_steps) for p in statement.phases] == [(2, 1), (4, 0)]
+
+
+def test_epsilon_so_far_counts_what_a_later_phase_has_lost_already(
+    case: Case, trainer: Callable[..., OrtTrainer], tmp_path: Path
+) -> None:
+    """Without a target lost steps come on top: the first phase goes on after a crash that lost one step of each phase."""
+    folder = shutil.copytree(case.folder, tmp_path / "artifacts")
+    rewritten(folder, lambda manifest: manifest["plan"].update(target_epsilon=None))
+    crashed(trainer(tmp_path / "out", artifacts=folder), 4)  # checkpoint at 2; steps 2 and 3 were seen
+    infos = list[StepInfo]()
+    with trainer(tmp_path / "out", artifacts=folder, physical_batch_size=5) as one:
+        one.train(callbacks=[infos.append])
+        samplers, sigma = [phase.sampler for phase in one.plan.phases], one.plan.noise_multiplier
+        statement = one.finish()
+    assert [(p.steps, p.lost_steps) for p in statement.phases] == [(3, 1), (4, 1)]
+    assert (infos[0].step, infos[0].phase, infos[-1].phase) == (3, 0, 1)
+    assert infos[0].epsilon >= epsilon_of_phases(list(zip(samplers, (4, 1), strict=True)), sigma, DELTA)
+    assert infos[-1].epsilon >= statement.epsilon
+
+
+def test_earlier_runs_that_the_export_was_planned_with_are_counted_untold(
+    case: Case, trainer: Callable[..., OrtTrainer], tmp_path: Path
+) -> None:
+    before = PriorRun("before", 0.1, 2.0, 5)
+    folder = dpb.export_run(
+        nn.Linear(4, 2), lambda m, b: nn.functional.cross_entropy(m(b["x"]), b["y"], reduction="none"),
+        {"x": torch.zeros(2, 4), "y": torch.tensor([0, 1])}, tmp_path / "small",
+        phases=[dpb.RunPhase(max_steps=2, expected_batch_size=20)], dataset_size=RECORDS, target_delta=DELTA,
+        target_epsilon=EPSILON, prior=before,
+    )  # fmt: skip
+    data = {"x": np.zeros((RECORDS, 4), np.float32), "y": np.zeros(RECORDS, np.int64)}
+    for told in ((), before):
+        one = trainer(None, artifacts=folder, data=data, prior=told)
+        assert one.statement().prior == (before,)
+        one.train()
+        assert one.statement().epsilon == epsilon_of_phases(
+            [(one.plan.sampler, 2)], one.plan.noise_multiplier, DELTA, before
+        )
+    with pytest.raises(PrivacyError, match="describe the run 'before' differently"):
+        trainer(None, artifacts=folder, data=data, prior=PriorRun("before", 0.1, 2.0, 6))
+    rewritten(folder, lambda manifest: manifest["plan"].update(prior=7))
+    with pytest.raises(ArtifactError, match="'prior' in 'plan'"):
+        trainer(None, artifacts=folder, data=data)
 
 
 @pytest.fixture

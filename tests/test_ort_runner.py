@@ -425,6 +425,16 @@ def test_a_record_that_does_not_fit_is_refused_by_its_row_before_anything_is_spe
     assert not (tmp_path / "out").exists()
 
 
+def test_a_record_that_is_there_twice_is_refused(
+    plain: Callable[..., OrtTrainer], exports: Exports, tmp_path: Path
+) -> None:
+    """Its clipped gradient would be added twice, and epsilon is that of one row."""
+    rows = [{"x": exports[1]["x"][row], "y": exports[1]["y"][row]} for row in range(RECORDS)]
+    rows[9] = rows[4]
+    with pytest.raises(DataError, match=r"Rows 4 and 9 .* the same record"):
+        plain(tmp_path / "out", data=rows)
+
+
 def test_what_onnx_runtime_says_of_a_record_is_not_repeated(
     plain: Callable[..., OrtTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
