@@ -182,6 +182,8 @@ def ensure_output_folder(path: str | os.PathLike[str]) -> Path:
     probe = folder / f".dpbitfit-write-test.{secrets.token_hex(6)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".dpbitfit-write-test.*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
             write_all(descriptor, b"dpbitfit_fx" * 400)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from dpbitfit_fx.batching import ItemLayout, PhysicalBatches
 from dpbitfit_fx.errors import ArtifactError, CompileRefused, DataError, DPBitFitError, PrivacyError
+from dpbitfit_fx.files import ensure_output_folder
 
 SECRET = 987654321
 
@@ -191,6 +192,13 @@ def test_a_read_only_output_folder_is_refused_before_anything_else(
     with pytest.raises(ArtifactError, match="read-only"):
         run(tmp_path, model=model, loss_fn=never)
     assert torch.equal(biases(model), before)
+
+
+def test_what_a_killed_process_left_of_its_write_test_is_gone_after_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".dpbitfit-write-test.0123456789ab.tmp").write_bytes(b"half")
+    (tmp_path / "mine.tmp").write_bytes(b"kept")
+    ensure_output_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.tmp"]
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
