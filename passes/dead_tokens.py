@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 
 from .joint_graph import JointGraph, copy_graph, finish
-from .row_plan import RowPlan, rows_read
+from .row_plan import RowPlan, rows_at_capture, rows_read
 from .row_wise import PRODUCTS
 from .row_writer import NoSize, RowWriter
 
@@ -25,17 +25,18 @@ from .row_writer import NoSize, RowWriter
 def drop_dead_tokens(joint: JointGraph) -> JointGraph:
     """The same losses and gradients from fewer rows; what was narrowed, or why not, is added to the report."""
     module, notes = joint.module, []
-    for rows in dict.fromkeys(filter(None, (rows_read(n, joint) for n in joint.module.graph.nodes))):
-        graph, _ = copy_graph(module)
-        plan = RowPlan(graph, rows, joint)
+    batch = rows_at_capture(joint)
+    for rows in dict.fromkeys(filter(None, (rows_read(n, batch) for n in joint.module.graph.nodes))):
+        plan = RowPlan(module.graph, rows, joint)
         count = sum(n.target in PRODUCTS for n in (*plan.narrow, *plan.sums, *plan.split))
         what = f"dead tokens: {rows.stop - rows.start} of {rows.length} rows"
         if count == 0:
             why = plan.obstacle()
             notes += [f"{what} are read, all are computed: {why}"] if why else []
             continue
+        graph, _ = copy_graph(module)
         try:
-            RowWriter(graph, joint, plan).run()
+            RowWriter(graph, joint, RowPlan(graph, rows, joint)).run()
         except NoSize:
             notes.append(f"{what} are read, all are computed: a size of the narrowed graph depends on the length")
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +28,8 @@ class Rows(NamedTuple):
     stop: int
 
 
-def rows_read(node: fx.Node, joint: JointGraph) -> Rows | None:
-    """Of a select or a slice with public ends that leaves some rows of a sample's own axis out."""
+def rows_read(node: fx.Node, batch: int) -> Rows | None:
+    """Of a select or a slice with public ends that leaves some rows of a sample's own axis out; ``batch`` rows at capture."""
     args: Any = node.args
     shape = shape_of(args[0]) if node.target in READS else None
     if shape is None or node.kwargs or not all(type(a) is int for a in args[1:]):
@@ -43,8 +45,8 @@ def rows_read(node: fx.Node, joint: JointGraph) -> Rows | None:
     if fixed:
         start, stop = (min(x + length * (x < 0), length) for x in (start, stop))
         stop = length if node.target is aten.select.int and stop == 0 else stop
-    batched = length % rows_at_capture(joint) == 0
-    return Rows(length, start, stop) if 0 <= start < stop <= length and stop - start < length and not batched else None
+    some = 0 <= start < stop <= length and stop - start < length
+    return Rows(length, start, stop) if some and length % batch else None
 
 
 def rows_at_capture(joint: JointGraph) -> int:
@@ -61,18 +63,34 @@ class RowPlan:
 
     def __init__(self, graph: fx.Graph, rows: Rows, joint: JointGraph) -> None:
         self.rows, self.nodes = rows, list(graph.nodes)
-        self.reads = [n for n in self.nodes if rows_read(n, joint) == rows]
+        self.place = {n: i for i, n in enumerate(self.nodes)}
+        batch = rows_at_capture(joint)
+        self.reads = [n for n in self.nodes if n.target in READS and rows_read(n, batch) == rows]
         self.narrow: dict[fx.Node, Axis] = {}
         self.sums: dict[fx.Node, Needs] = {}
         self.split: dict[fx.Node, Axis] = {}
-        for node in self.nodes:
-            self._pad(node)
+        self._sweep([n for n in self.nodes if n.target in PADS], self._pad, 1)
         self.pads = dict(self.narrow)
-        for node in reversed(self.nodes):
-            self._demand(node)
-        for node in self.nodes:  # one result of several, of which others are whole: it is cut out of its own
-            if node.target is operator.getitem and node in self.narrow and node.args[0] not in self.narrow:
+        asking = (*self.reads, *self.narrow, *self.sums, *self.split)
+        self._sweep([x for n in asking for x in n.all_input_nodes], self._demand, -1)
+        for node in list(self.narrow):  # one result of several, of which others are whole: it is cut out of its own
+            if node.target is operator.getitem and node.args[0] not in self.narrow:
                 del self.narrow[node]
+
+    def _sweep(self, first: list[fx.Node], visit: Callable[[fx.Node], None], way: int) -> None:
+        """Visits these in the graph's order (``way`` 1) or against it (-1), and what lies behind each that became narrow."""
+        heap = sorted({way * self.place[n] for n in first})
+        seen: set[int] = set()
+        while heap:
+            at = heapq.heappop(heap)
+            if at in seen:
+                continue
+            seen.add(at)
+            node = self.nodes[way * at]
+            visit(node)
+            if node in self.narrow:
+                for n in node.users if way > 0 else node.all_input_nodes:
+                    heapq.heappush(heap, way * self.place[n])
 
     def _pad(self, node: fx.Node) -> None:
         args: Any = node.args

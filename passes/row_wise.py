@@ -118,13 +118,17 @@ def _kept(node: fx.Node, axis: Axis) -> Axis | None:
     source = shape_of(args[0]) or ()
     given = args[1] if len(args) > 1 else None
     dims = list(range(len(source))) if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    dropped = {d % len(source) for d in dims} if source else set()
+    dropped = named = {d % len(source) for d in dims} if source else set()
     if node.target is aten.squeeze.dims:
-        dropped = {d for d in dropped if source[d] == 1}
+        dropped = {d for d in named if source[d] == 1}
     if node.target is aten.slice.Tensor or (node.target in REDUCTIONS and len(args) > 2 and args[2]):
         return None if axis.dim in dropped else axis
     kept = [d for d in range(len(source)) if d not in dropped]
-    return axis._replace(dim=kept[axis.dim]) if axis.dim < len(kept) else None
+    if (
+        axis.dim >= len(kept) or kept[axis.dim] in named
+    ):  # a named axis of many rows stays, and would go with one row left
+        return None
+    return axis._replace(dim=kept[axis.dim])
 
 
 def _moved_back(node: fx.Node, axis: Axis, rows: int) -> Axis | None:

@@ -72,7 +72,10 @@ def _rows_at_capture(joint: JointGraph) -> int:
 
 
 def _transpose(graph: fx.Graph, node: fx.Node) -> bool:
-    """``extra`` is what the forward's stride left over at the end of each axis: the input's size is known by it."""
+    """``extra`` is what the forward's stride left over at the end of each axis: the input's size is known by it.
+
+    A transposed convolution that padded its output by a whole stride or more has no such form: it stays.
+    """
     args: Any = node.args
     gradient, source, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
     shapes = [x.meta.get("shape") for x in (gradient, source, weight)]
@@ -87,6 +90,8 @@ def _transpose(graph: fx.Graph, node: fx.Node) -> bool:
     extra = [0] * rank
     if not transposed:
         extra = [inner[i] - ((out[i] - 1) * s[i] - 2 * p[i] + d[i] * (kernel[i] - 1) + 1) for i in range(rank)]
+    elif any((out[i] + 2 * p[i] - d[i] * (kernel[i] - 1) - 1) // s[i] + 1 != inner[i] for i in range(rank)):
+        return False
     if any(not 0 <= e < max(s[i], d[i]) for i, e in enumerate(extra)):
         return False
     with graph.inserting_before(node):

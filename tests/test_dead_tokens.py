@@ -230,6 +230,36 @@ def test_a_rewrite_that_the_meaning_check_refuses_is_left_out_and_told(monkeypat
         pipeline.run(pipeline.PIPELINE[pipeline.DEAD_TOKENS : pipeline.MEANING], captured(Mixed()))
 
 
+class OneLayer(nn.Module):
+    """tanh(linear) over [B, T, 8], something that changes nothing, and a head on the first row."""
+
+    def __init__(self, same: Any) -> None:
+        super().__init__()
+        self.first, self.head, self.same = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), same
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.same(torch.tanh(self.first(x)))[:, 0])
+
+
+def test_a_squeeze_of_an_axis_of_many_rows_would_take_a_single_row_away_and_is_left_alone() -> None:
+    torch.manual_seed(0)
+    (line,) = dpb.compile(OneLayer(lambda x: x.squeeze(2)), loss, batch()).report().optimized
+    assert line == "dead tokens: 1 of 7 rows are read; 1 products compute no others"
+    step = dpb.compile(OneLayer(lambda x: x.squeeze(1)), loss, batch())
+    assert not any("left out" in note for note in step.report().optimized)
+    assert_is_the_loop(step, batch())
+
+
+def test_a_pass_that_raises_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(node: Any, axis: Axis, rows: int) -> Any:
+        raise KeyError("shape")
+
+    monkeypatch.setattr(row_wise, "operands", broken)
+    step = dpb.compile(OneLayer(torch.neg), loss, batch())
+    assert step.report().optimized == ("dead tokens: left out, for the pass failed (KeyError('shape'))",)
+    assert_is_the_loop(step, batch())
+
+
 def test_a_reshape_takes_the_rows_where_the_numbers_say() -> None:
     """Every pair of shapes of 24 entries: the rows found in the target are those of the source, or none are claimed."""
     shapes = [

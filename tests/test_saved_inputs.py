@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.compile import check_rows
 from dpbitfit_fx.passes import facts
 
 aten = torch.ops.aten
@@ -162,6 +163,25 @@ def test_the_gradient_of_a_convolution_is_the_transposed_one_at_every_geometry(g
     assert aten.convolution_backward.default not in targets(on)
     ours, theirs = total(on, images()), total(off, images())
     assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def test_a_transposed_convolution_that_pads_its_output_by_a_stride_keeps_its_own_backward() -> None:
+    torch.manual_seed(0)
+    turned = nn.ConvTranspose2d(3, 4, 3, dilation=2, output_padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), turned, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    on, off = both(model)
+    assert targets(on).count(aten.convolution_backward.default) == 1
+    ours, theirs = total(on, images()), total(off, images())
+    assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def test_a_lowering_that_changes_the_numbers_is_caught_however_large_the_clipping_norm() -> None:
+    torch.manual_seed(0)
+    step = dpb.compile(stack(), loss, images(), clipping=dpb.FlatClipping(1e6))
+    runs = step._lowered._call
+    step._lowered._call = lambda *values: (1.05 * runs(*values)[0],)
+    with pytest.raises(dpb.SealBroken, match="the clipped sum is off by"):
+        check_rows(step)
 
 
 def test_the_pools_read_nothing_of_their_input_but_its_shape() -> None:
