@@ -210,6 +210,10 @@ def short(reason: str) -> str:
     return f"{head} It comes from {place + '`' if place.count('`') % 2 else place}" if place else head
 
 
+def short_name(operator: str) -> str:
+    return operator.removeprefix("aten.").removesuffix(".default")
+
+
 def markdown(rows: list[Row], asked: int, minutes: float) -> str:
     matched = [r for r in rows if r["status"] == "matches"]
     refused = [r for r in rows if r["status"] == "refused"]
@@ -239,7 +243,7 @@ def markdown(rows: list[Row], asked: int, minutes: float) -> str:
         if r["status"] == "FAILED":
             lines.append(f"| {r['name']} | {r['family']} | FAILED: {short(r['reason'][-300:])} | | | | | | | |")
             continue
-        folded = ", ".join(f"`{f.removeprefix('aten.').removesuffix('.default')}`" for f in r["folded"])
+        folded = ", ".join(f"`{f}`" for f in map(short_name, r["folded"]))
         lines.append(
             f"| {r['name']} | {r['family']} | {r['status']} {r['reason']}".rstrip()
             + f" | {r.get('float32', float('nan')):.0e} | {r.get('float64', float('nan')):.0e} | {r['coordinates']:,} in "
@@ -249,6 +253,11 @@ def markdown(rows: list[Row], asked: int, minutes: float) -> str:
     if refused:
         lines += ["", "## Refused", "", "| architecture | family | reason |", "|---|---|---|"]
         lines += [f"| {r['name']} | {r['family']} | {short(r['reason'])} |" for r in refused]
+    lines += ["", "## Operators", "", "Of each graph that runs: forward, backward, clip and noise.", ""]
+    lines += ["| architecture | operators |", "|---|---|"]
+    for r in matched:
+        names = sorted(short_name(o) for o in r["operators"] if o.startswith("aten."))
+        lines.append(f"| {r['name']} | {', '.join(names)} |")
     return "\n".join(lines) + "\n"
 
 
