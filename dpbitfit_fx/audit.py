@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpbitfit_fx.audit_bound import split_guesses
-from dpbitfit_fx.audit_canaries import GradientCanaries, flip_coins, members_of, take_out
+from dpbitfit_fx.audit_bound import flip_coins, split_guesses
+from dpbitfit_fx.audit_canaries import GradientCanaries, members_of, take_out
 from dpbitfit_fx.audit_report import AuditReport
 from dpbitfit_fx.audit_scores import (
     SCORES,

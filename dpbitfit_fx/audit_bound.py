@@ -13,13 +13,31 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom
 
-from dpbitfit_fx.errors import PrivacyError
+from dpbitfit_fx.errors import DataError, PrivacyError
 
-__all__ = ["epsilon_lower_bound", "largest_bound", "p_value", "split_guesses"]
+__all__ = ["epsilon_lower_bound", "flip_coins", "largest_bound", "p_value", "pick", "split_guesses"]
 
 _LARGEST_EPSILON = 64.0
+
+
+def flip_coins(count: int, seed: int) -> npt.NDArray[np.bool_]:
+    """A fair coin for each canary: whether it is in."""
+    return np.random.default_rng(seed).random(count) < 0.5
+
+
+def pick(size: int, count: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`count` rows of `size` at random, as they were drawn, and the others in their order.
+
+    Raises:
+        DataError: there are not so many, or none would be left.
+    """
+    if not 1 <= count < size:
+        raise DataError(f"{count} canaries cannot be taken out of {size} records: give a number from 1 to {size - 1}.")
+    order = np.random.default_rng(seed).permutation(size)
+    return order[:count], np.sort(order[count:])
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

@@ -18,28 +18,20 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
+from dpbitfit_fx.audit_bound import pick
 from dpbitfit_fx.batching import MapDataset
 from dpbitfit_fx.errors import DataError
 from dpbitfit_fx.passes.torch_private import tree_flatten
 
-__all__ = ["GradientCanaries", "flip_coins", "members_of", "take_out"]
+__all__ = ["GradientCanaries", "members_of", "take_out"]
 
 SCALE = 1e4  # a gradient norm far above any max_grad_norm in use: clipped to its whole length
 NO_CANARY = -1
 
 
-def flip_coins(count: int, seed: int) -> npt.NDArray[np.bool_]:
-    return np.random.default_rng(seed).random(count) < 0.5
-
-
 def take_out(dataset: MapDataset, count: int, seed: int) -> tuple[MapDataset, MapDataset]:
     """The dataset without `count` records picked at random, and those."""
-    size = len(dataset)
-    if not 1 <= count < size:
-        raise DataError(f"{count} canaries cannot be taken out of {size} records: give a number from 1 to {size - 1}.")
-    order = np.random.default_rng(seed).permutation(size)
-    chosen = [int(i) for i in np.sort(order[:count])]
-    rest = [int(i) for i in np.sort(order[count:])]
+    chosen, rest = (sorted(map(int, rows)) for rows in pick(len(dataset), count, seed))
     return Subset(dataset, rest), Subset(dataset, chosen)  # type: ignore[arg-type]
 
 

@@ -9,10 +9,16 @@ import typer
 from rich.markup import escape
 
 from dpbitfit_fx.console import (
+    ClippingKind,
+    ExpectedBatchSize,
+    Labels,
+    LabelsFromData,
     LedgerFile,
     LedgerUser,
     PhysicalBatchSize,
     PriorFiles,
+    TargetDelta,
+    Trainable,
     busy,
     clipping_of,
     console,
@@ -47,21 +53,17 @@ def audit_text(
     confidence: Annotated[float, typer.Option(help="With which the lower bound holds.")] = 0.95,
     text_column: Annotated[str, typer.Option()] = "text",
     label_column: Annotated[str, typer.Option()] = "label",
-    labels: Annotated[str | None, typer.Option(help="The label set, separated by commas.")] = None,
-    labels_from_data: Annotated[
-        bool, typer.Option("--labels-from-data", help="Take the label set from the data, and declare it public.")
-    ] = False,
+    labels: Labels = None,
+    labels_from_data: LabelsFromData = False,
     padded_lengths: Annotated[str, typer.Option(help="Public token lengths, as for `train`.")] = "32,64,128",
-    target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default at most 1/(10 N).")] = None,
+    target_delta: TargetDelta = None,
     epochs: Annotated[float, typer.Option()] = 3.0,
-    expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
+    expected_batch_size: ExpectedBatchSize = 256,
     physical_batch_size: PhysicalBatchSize = 32,
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
-    clipping: Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")] = "automatic",
+    clipping: ClippingKind = "automatic",
     learning_rate: Annotated[float, typer.Option()] = 5e-3,
-    trainable: Annotated[
-        str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
-    ] = None,
+    trainable: Trainable = None,
     exclude: Annotated[str | None, typer.Option(help="Name patterns that are not trained.")] = None,
     prior: PriorFiles = None,
     ledger: LedgerFile = None,

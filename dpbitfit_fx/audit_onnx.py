@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dpbitfit_fx.audit_bound import split_guesses
+from dpbitfit_fx.audit_bound import flip_coins, pick, split_guesses
 from dpbitfit_fx.audit_report import AuditReport
 from dpbitfit_fx.errors import DataError, PrivacyError
 from dpbitfit_fx.ort_artifacts import phases_of, read_manifest
@@ -50,18 +50,16 @@ def audit_onnx(
         raise PrivacyError(
             "audit_onnx does not take output_dir: the model that it trains holds canaries, and is not kept."
         )
-    for_coins, for_canaries = np.random.SeedSequence(seed).generate_state(2)
+    for_coins, for_canaries = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
     rows = _as_rows(data)
     made_up = not isinstance(canaries, int)
     if isinstance(canaries, int):
-        if not 1 <= canaries < len(rows):
-            raise DataError(f"{canaries} canaries cannot be taken out of {len(rows)} records.")
-        order = np.random.default_rng(for_canaries).permutation(len(rows))
-        theirs, others = [rows[i] for i in order[:canaries]], [rows[i] for i in np.sort(order[canaries:])]
+        chosen_rows, rest = pick(len(rows), canaries, for_canaries)
+        theirs, others = [rows[i] for i in chosen_rows], [rows[i] for i in rest]
     else:
         theirs, others = list(canaries), rows
     chosen = split_guesses(guesses, len(theirs))
-    coins = np.random.default_rng(for_coins).random(len(theirs)) < 0.5
+    coins = flip_coins(len(theirs), for_coins)
     absent = len(others) + np.flatnonzero(~coins)
 
     manifest = read_manifest(artifacts)

@@ -68,6 +68,15 @@ def frozen_weights_fingerprint(model: torch.nn.Module, trainable_names: Collecti
     return digest.hexdigest()
 
 
+def fingerprints(model: Any, added: Collection[AddedBias], trained: Collection[str]) -> dict[str, str]:
+    """What a file says of the model that its values belong to; reads every frozen weight."""
+    return {
+        MODEL_FINGERPRINT: model_fingerprint(model, [bias.name for bias in added]),
+        FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, trained),
+        **({ADDED_BIASES: describe_added(added)} if added else {}),
+    }
+
+
 def describe_added(added: Collection[AddedBias]) -> str:
     """JSON for the metadata ``added_biases``: where each bias that the original model lacks belongs, by its name."""
     return json.dumps({b.name: {"module": b.module, "leaf": b.leaf, "view": list(b.view)} for b in added})

@@ -12,13 +12,19 @@ from rich.table import Table
 
 from dpbitfit_fx.audit_cli import audit_text
 from dpbitfit_fx.console import (
+    ClippingKind,
     EvalFile,
+    ExpectedBatchSize,
+    Labels,
+    LabelsFromData,
     LedgerFile,
     LedgerUser,
     Overwrite,
     PhysicalBatchSize,
     PriorFiles,
     Resume,
+    TargetDelta,
+    Trainable,
     TuningCovered,
 )
 from dpbitfit_fx.console import busy as _busy
@@ -101,24 +107,20 @@ def train(
     target_epsilon: Annotated[float, typer.Option(help="Privacy budget of the run, earlier runs included.")],
     text_column: Annotated[str, typer.Option()] = "text",
     label_column: Annotated[str, typer.Option()] = "label",
-    labels: Annotated[str | None, typer.Option(help="The label set, separated by commas.")] = None,
-    labels_from_data: Annotated[
-        bool, typer.Option("--labels-from-data", help="Take the label set from the data, and declare it public.")
-    ] = False,
+    labels: Labels = None,
+    labels_from_data: LabelsFromData = False,
     padded_lengths: Annotated[
         str,
         typer.Option(help="Public token lengths; a text is padded to the smallest that fits, or cut to the largest."),
     ] = "32,64,128",
-    target_delta: Annotated[float | None, typer.Option(help="Below 1/N; default at most 1/(10 N).")] = None,
+    target_delta: TargetDelta = None,
     epochs: Annotated[float, typer.Option()] = 3.0,
-    expected_batch_size: Annotated[int, typer.Option(help="Expected records per Poisson draw.")] = 256,
+    expected_batch_size: ExpectedBatchSize = 256,
     physical_batch_size: PhysicalBatchSize = 32,
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
-    clipping: Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")] = "automatic",
+    clipping: ClippingKind = "automatic",
     learning_rate: Annotated[float, typer.Option()] = 5e-3,
-    trainable: Annotated[
-        str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
-    ] = None,
+    trainable: Trainable = None,
     exclude: Annotated[
         str | None, typer.Option(help="Name patterns that are not trained, e.g. '*LayerNorm*', separated by commas.")
     ] = None,
@@ -136,12 +138,11 @@ def train(
 ) -> None:
     """Train the biases of a model on private labelled text."""
     from dpbitfit_fx.accounting import format_epsilon
+    from dpbitfit_fx.data import parse_lengths, read_table
+    from dpbitfit_fx.files import ensure_output_folder
     from dpbitfit_fx.ledger import Ledger
 
     budget = None if ledger is None else Ledger(ledger, who=ledger_user)
-    from dpbitfit_fx.data import parse_lengths, read_table
-    from dpbitfit_fx.files import ensure_output_folder
-
     if (labels is None) == (not labels_from_data):
         raise DataError(
             "Declare the label set with --labels a,b,c, or take it from the data with --labels-from-data, which makes "

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from dpbitfit_fx.data import TokenizedText
 
 __all__ = [
+    "ClippingKind",
     "EvalFile",
+    "ExpectedBatchSize",
+    "Labels",
+    "LabelsFromData",
     "LedgerFile",
     "LedgerUser",
     "Overwrite",
     "PhysicalBatchSize",
     "PriorFiles",
     "Resume",
+    "TargetDelta",
+    "Trainable",
     "TuningCovered",
     "busy",
     "clipping_of",
@@ -31,6 +37,16 @@ __all__ = [
     "tokenised",
 ]
 
+Labels = Annotated[str | None, typer.Option(help="The label set, separated by commas.")]
+LabelsFromData = Annotated[
+    bool, typer.Option("--labels-from-data", help="Take the label set from the data, and declare it public.")
+]
+TargetDelta = Annotated[float | None, typer.Option(help="Below 1/N; default at most 1/(10 N).")]
+ExpectedBatchSize = Annotated[int, typer.Option(help="Expected records per Poisson draw.")]
+ClippingKind = Annotated[str, typer.Option(help="automatic, flat, auto-v or per-layer.")]
+Trainable = Annotated[
+    str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
+]
 PhysicalBatchSize = Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")]
 EvalFile = Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")]
 PriorFiles = Annotated[list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")]

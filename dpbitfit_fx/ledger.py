@@ -39,8 +39,9 @@ from dpbitfit_fx.accounting import (
 )
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
 from dpbitfit_fx.files import atomic_write_bytes, describe_os_error, same_file, sync_folder, write_all
+from dpbitfit_fx.privacy_statement import base_id
 
-__all__ = ["Books", "Head", "Ledger", "RunBooks", "base_id"]
+__all__ = ["Books", "Head", "Ledger", "RunBooks"]
 
 FORMAT: Final = "dpbitfit_fx.ledger.v1"
 _START: Final = "0" * 64
@@ -52,11 +53,6 @@ _FIELDS: Final = {
     **dict.fromkeys(_KINDS, _COMMON | {"run_id", "backend", "graph_hash", "run_delta", "runs", "epsilon", "delta"}),
 }
 _PATIENCE_S: Final = 120.0
-
-
-def base_id(run_id: str) -> str:
-    """The run that a mechanism belongs to: `abc/phase-2` is of the run `abc`."""
-    return run_id.split("/")[0]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpbitfit_fx.biases import ADDED_BIASES, describe_added, frozen_weights_fingerprint, model_fingerprint
+from dpbitfit_fx.biases import fingerprints
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.export_folder import write_folder
 from dpbitfit_fx.onnx_lowering import Lowered
@@ -603,31 +603,38 @@ def manifest_of(
     step: Any, layout: Layout, optimizer: Optimizer, target: str, plan: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything the runner needs to know, as JSON values: nothing in it is private."""
+    known = fingerprints(step.model, step.added_biases, step.trainable_names)
+    return {**run_entries(step, layout, target, known), **phase_entries(step, layout, optimizer, plan), **extra}
+
+
+def run_entries(step: Any, layout: Layout, target: str, known: Mapping[str, str]) -> dict[str, Any]:
+    """What the phases of a run have in common; ``known``: the model's fingerprints."""
     versions = {n: importlib.metadata.version(n) for n in ("torch", "onnx", "onnxscript", "numpy")}
     return {
         "format": FORMAT,
         "target": target,
-        "graph_hash": step.graph_hash,
-        "num_trainable": layout.num_trainable,
         "num_parameters": sum(p.numel() for p in {*step.model.parameters(), *step.parameters().values()}),
-        "fingerprints": {
-            "model_fingerprint": model_fingerprint(step.model, [b.name for b in step.added_biases]),
-            "frozen_weights_sha256": frozen_weights_fingerprint(step.model, step.trainable_names),
-            **({ADDED_BIASES: describe_added(step.added_biases)} if step.added_biases else {}),
-        },
-        "parameters": [p.to_dict() for p in layout.parameters],
+        "fingerprints": dict(known),
         "batch_inputs": [{**dataclasses.asdict(b), "shape": list(b.shape)} for b in layout.batch],
         **_length_of(step.dynamic_length),
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "libraries": versions,
+    }
+
+
+def phase_entries(step: Any, layout: Layout, optimizer: Optimizer, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a phase's own: its graph, its parameters, and what they are trained with."""
+    return {
+        "graph_hash": step.graph_hash,
+        "num_trainable": layout.num_trainable,
+        "parameters": [p.to_dict() for p in layout.parameters],
         "max_grad_norm": float(step.max_grad_norm),
         "clipping": {"type": type(step.clipping).__name__, **_public_fields(step.clipping)},
         "noise_multiplier": float(step.noise_multiplier),
         "expected_batch_size": float(step.expected_batch_size),
         "optimizer": {"type": type(optimizer).__name__, **dataclasses.asdict(optimizer)},
         "plan": dict(plan),
-        "opset": OPSET,
-        "ir_version": IR_VERSION,
-        "libraries": versions,
-        **extra,
     }
 
 

@@ -17,21 +17,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 import dpbitfit_fx
 from dpbitfit_fx.accounting import Prior, check_target_delta, epsilon_of_phases, resolve_prior, solve_noise_multiplier
 from dpbitfit_fx.batching import ItemLayout
-from dpbitfit_fx.biases import (
-    ADDED_BIASES,
-    FROZEN_FINGERPRINT,
-    MODEL_FINGERPRINT,
-    describe_added,
-    frozen_weights_fingerprint,
-    model_fingerprint,
-)
+from dpbitfit_fx.biases import fingerprints
 from dpbitfit_fx.engine import graph_hashes, one_for_every_length
 from dpbitfit_fx.errors import ExportError, PrivacyError
 from dpbitfit_fx.export_folder import write_folder
@@ -42,12 +35,13 @@ from dpbitfit_fx.onnx_export import (
     export_update,
     layout_of,
     live_parameters,
-    manifest_of,
+    phase_entries,
     placed,
     plain_gradient_model,
     plan_metadata,
     prepare,
     resolve_optimizer,
+    run_entries,
     save_initial,
 )
 from dpbitfit_fx.onnx_weights import save_models
@@ -59,20 +53,6 @@ from dpbitfit_fx.phases import joined_hash, naming_phase
 from dpbitfit_fx.sampling import PoissonSampler
 
 __all__ = ["RunPhase", "export_run"]
-
-# What a phase's part of the manifest says; all else is the run's.
-_OF_A_PHASE: Final = (
-    "graph_hash",
-    "num_trainable",
-    "parameters",
-    "max_grad_norm",
-    "clipping",
-    "noise_multiplier",
-    "expected_batch_size",
-    "optimizer",
-    "plan",
-)
-
 
 @dataclass(frozen=True)
 class RunPhase:
@@ -225,16 +205,11 @@ def export_run(
         save_models(models, folder, previous)
         plan = plan_metadata(None, dataset_size, None, delta) | {"target_epsilon": target_epsilon}
         plan["prior"] = [run.to_dict() for run in runs]
-        manifest = manifest_of(last.step, whole, last.optimizer, "onnx", plan, extra)
-        shared = {name: value for name, value in manifest.items() if name not in _OF_A_PHASE}
         added = {bias.name: bias for each in steps for bias in each[0].added_biases}
-        shared["fingerprints"] = {
-            MODEL_FINGERPRINT: model_fingerprint(model, list(added)),
-            FROZEN_FINGERPRINT: frozen_weights_fingerprint(model, list(trained)),
-            **({ADDED_BIASES: describe_added(list(added.values()))} if added else {}),
-        }
+        known = fingerprints(model, added.values(), trained)
         return {
-            **shared,
+            **run_entries(last.step, whole, "onnx", known),
+            **extra,
             "plan": plan,
             "num_trainable": whole.num_trainable,
             "parameters": [p.to_dict() for p in whole.parameters],
@@ -337,11 +312,11 @@ def _described(one: _Ready) -> dict[str, Any]:
     """The phase's part of the manifest."""
     asked = one.phase.trainable
     plan = {"sample_rate": one.sampler.sample_rate, "steps": one.sampler.steps}
-    manifest = manifest_of(one.step, one.layout, one.optimizer, "onnx", plan, {})
-    assert math.isclose(manifest["expected_batch_size"], one.sampler.expected_batch_size)
+    entries = phase_entries(one.step, one.layout, one.optimizer, plan)
+    assert math.isclose(entries["expected_batch_size"], one.sampler.expected_batch_size)
     gradients: Any = one.gradients[0] if len(one.gradients) == 1 else list(one.gradients)
     return {
-        **{name: manifest[name] for name in _OF_A_PHASE},
+        **entries,
         "graph_hash": joined_hash(graph_hashes(one.steps)),
         "trainable": asked if isinstance(asked, str) else list(asked),
         "held": [p.to_dict() for p in one.layout.held],

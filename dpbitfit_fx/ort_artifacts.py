@@ -129,7 +129,7 @@ def attach(root: Path, manifest: dict[str, Any], name: str, content: str, /, **e
     atomic_write_text(root / name, content)
     manifest["files"][name] = sha256_file(root / name)
     manifest.update(entries)
-    atomic_write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    atomic_write_text(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _text(value: Any) -> bool:

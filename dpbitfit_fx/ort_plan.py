@@ -24,7 +24,7 @@ from dpbitfit_fx.errors import ArtifactError, DataError, PrivacyError
 from dpbitfit_fx.ort_artifacts import clipping_of, phases_of
 from dpbitfit_fx.padding import physical_sizes
 from dpbitfit_fx.phases import StepLedger, joined_hash, naming_phase
-from dpbitfit_fx.privacy_statement import new_run_id, phase_run_id
+from dpbitfit_fx.privacy_statement import mechanism_ids, new_run_id
 from dpbitfit_fx.sampling import PoissonSampler
 
 __all__ = ["SCHEDULES", "PhasePlan", "Plan", "Rates", "Schedule", "most_steps", "plan_for", "rates_by_parameter"]
@@ -140,15 +140,14 @@ class Plan:
 
     def as_runs(self, run_id: str) -> list[PriorRun]:
         """Each phase with all its planned steps, as the accountant and the ledger name it."""
-        several = len(self.phases) > 1
         return [
             PriorRun(
-                phase_run_id(run_id, index) if several else run_id,
+                name,
                 phase.sampler.sample_rate,
                 self.noise_multiplier,
                 phase.sampler.steps,
             )
-            for index, phase in enumerate(self.phases)
+            for name, phase in zip(mechanism_ids(run_id, len(self.phases)), self.phases, strict=True)
         ]
 
     @property

@@ -462,6 +462,16 @@ def phase_run_id(run_id: str, index: int) -> str:
     return f"{run_id}{_PHASE}{index + 1}"
 
 
+def mechanism_ids(run_id: str, phases: int) -> list[str]:
+    """How the accountant and the ledger name the mechanisms of a run of so many phases."""
+    return [phase_run_id(run_id, index) for index in range(phases)] if phases > 1 else [run_id]
+
+
+def base_id(run_id: str) -> str:
+    """The run that a mechanism belongs to: `abc/phase-2` is of the run `abc`."""
+    return run_id.split("/")[0]
+
+
 def _mechanisms(
     sampler: PoissonSampler, charged: int, phases: Sequence[PhaseRecord]
 ) -> list[tuple[PoissonSampler, int]]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from dpbitfit_fx.accounting import PriorRun
 from dpbitfit_fx.errors import CheckpointError, DPBitFitError, PrivacyError, PrivacyWarning
-from dpbitfit_fx.ledger import Ledger, base_id
+from dpbitfit_fx.ledger import Ledger
 from dpbitfit_fx.phases import StepLedger
-from dpbitfit_fx.privacy_statement import PrivacyStatement, phase_run_id
+from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, mechanism_ids
 
 __all__ = ["RunAccount", "besides", "mechanisms_of"]
 
@@ -28,13 +28,13 @@ def mechanisms_of(mechanism: Mapping[str, Any], steps: Sequence[int]) -> list[Pr
     run_id, phases = statement["run_id"], mechanism["phases"]
     return [
         PriorRun(
-            phase_run_id(run_id, index) if len(phases) > 1 else run_id,
+            name,
             phase["sampler"]["sample_rate"],
             sigma,
             count,
             statement["insecure"],
         )
-        for index, (phase, count) in enumerate(zip(phases, steps, strict=True))
+        for name, phase, count in zip(mechanism_ids(run_id, len(phases)), phases, steps, strict=True)
     ]
 
 

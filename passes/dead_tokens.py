@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from .joint_graph import JointGraph, copy_graph, finish
-from .row_plan import RowPlan, rows_at_capture, rows_read
+from .joint_graph import JointGraph, copy_graph, finish, rows_at_capture
+from .row_plan import RowPlan, rows_read
 from .row_wise import PRODUCTS
 from .row_writer import NoSize, RowWriter
 

@@ -278,6 +278,12 @@ class _Named:
         return self.name
 
 
+def rows_at_capture(joint: JointGraph) -> int:
+    """The size of the batch that the shapes in the graph were taken at."""
+    shape: Any = joint.placeholder(joint.with_role(Role.BATCH)[0].name).meta.get("shape") or (1,)
+    return int(shape[0])
+
+
 def copy_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of the graph to rewrite, with a map from old nodes to new: passes never touch the graph they were given."""
     graph = fx.Graph()

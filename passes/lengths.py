@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from .errors import CompileRefused
-from .joint_graph import DynamicLength, Extent, JointGraph, Role, Source, finish
+from .joint_graph import DynamicLength, Extent, JointGraph, Role, Source, finish, rows_at_capture
 from .torch_private import leaf_names, tree_flatten, tree_unflatten
 from .unify import where
 
@@ -180,7 +180,7 @@ def _unify(one: JointGraph, two: JointGraph, dynamic: DynamicLength) -> fx.Graph
         if x.op == "placeholder":
             mapping[x] = graph.placeholder(x.name)
     sizes = sizes_of(graph, dataclasses.replace(one, length=dynamic))
-    rows = tuple(_batch_at_capture(j) for j in (one, two))
+    rows = tuple(rows_at_capture(j) for j in (one, two))
 
     def merge(x: Any, y: Any, node: fx.Node) -> Any:
         found: Any = None
@@ -215,10 +215,6 @@ def _unify(one: JointGraph, two: JointGraph, dynamic: DynamicLength) -> fx.Graph
             sizes.learn(x, y)
         mapping[x].meta.update(_meta(x, y, rows))
     return graph
-
-
-def _batch_at_capture(joint: JointGraph) -> int:
-    return int(joint.placeholder(joint.with_role(Role.BATCH)[0].name).meta["shape"][0])
 
 
 def _meta(x: fx.Node, y: fx.Node, rows: Sequence[int]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from . import row_wise
-from .joint_graph import Extent, JointGraph, Role
+from .joint_graph import Extent, JointGraph, rows_at_capture
 from .row_wise import ATTENTION, ATTENTION_BACKWARD, KEPT, ZEROS, Axis, shape_of
 
 aten = torch.ops.aten
@@ -47,11 +47,6 @@ def rows_read(node: fx.Node, batch: int) -> Rows | None:
         stop = length if node.target is aten.select.int and stop == 0 else stop
     some = 0 <= start < stop <= length and stop - start < length
     return Rows(length, start, stop) if some and length % batch else None
-
-
-def rows_at_capture(joint: JointGraph) -> int:
-    shape = shape_of(joint.placeholder(joint.with_role(Role.BATCH)[0].name))
-    return shape[0] if shape else 1
 
 
 class RowPlan:

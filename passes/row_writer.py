@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from . import row_wise
-from .joint_graph import Extent, JointGraph, Role
+from .joint_graph import Extent, JointGraph, Role, rows_at_capture
 from .lengths import sizes_of
-from .row_plan import PADS, RowPlan, rows_at_capture
+from .row_plan import PADS, RowPlan
 from .row_wise import ATTENTION, ATTENTION_BACKWARD, MOVES, NORM_BACKWARD, VIEWS, Axis
 
 aten = torch.ops.aten

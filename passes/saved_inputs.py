@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .joint_graph import Extent, JointGraph, Role, copy_graph, finish
+from .joint_graph import Extent, JointGraph, Role, copy_graph, finish, rows_at_capture
 
 aten = torch.ops.aten
 ALIASES = {
@@ -48,7 +48,7 @@ def drop_saved_inputs(joint: JointGraph) -> JointGraph:
     graph, _ = copy_graph(joint.module)
     batch = {joint.placeholder(i.name).name for i in joint.with_role(Role.BATCH)}
     count = next((n for n in graph.nodes if n.target is aten.sym_size.int and n.args[0].name in batch), None)
-    rows = _rows_at_capture(joint)
+    rows = rows_at_capture(joint)
     done = {"convolution": 0, "pool": 0, "ReLU": 0}
     for node in list(graph.nodes):
         if node.target is aten.convolution_backward.default:
@@ -64,11 +64,6 @@ def drop_saved_inputs(joint: JointGraph) -> JointGraph:
         f"saved inputs: {n} {what} inputs are not kept for the backward pass" for what, n in done.items() if n
     )
     return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
-
-
-def _rows_at_capture(joint: JointGraph) -> int:
-    shape: Any = joint.placeholder(joint.with_role(Role.BATCH)[0].name).meta.get("shape") or (1,)
-    return int(shape[0])
 
 
 def _transpose(graph: fx.Graph, node: fx.Node) -> bool:
