@@ -1,7 +1,7 @@
 """Pass 3, check the meaning: sample by sample must be what the author meant (design §4), or the model is refused.
 
-The user's own batched model runs beside the captured step on probes: several sizes, permuted, perturbed. Losses and
-gradients must agree. Rewrites nothing.
+The user's own batched model runs beside the captured step on probes: several sizes, permuted, perturbed, recombined.
+Losses and gradients must agree. Rewrites nothing.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from torch.autograd.function import BackwardCFunction
 
 from .bias_slots import applied, moved
 from .errors import CompileRefused
-from .joint_graph import JointGraph, Source
+from .joint_graph import JointGraph
 from .lengths import ADVICE, resized
+from .mixing import ROUNDING, TOLERANCE, close, mixing_refusal, takes, user_loss
 from .model_state import dropout_as_asked, untouched
-from .probes import first_failing, length_of, probes_of, tensors_of
+from .probes import WIDE, first_failing, length_of, probes_of, recombined, tensors_of
 from .random_draws import example, of_row
 from .replay import replaying
-from .torch_private import tree_flatten, tree_unflatten
-
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 5e-3}
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def check_meaning(joint: JointGraph) -> JointGraph:
@@ -38,17 +34,33 @@ def check_meaning(joint: JointGraph) -> JointGraph:
         applied(model, joint.added, joint.state),
     ):
         for batch in probes:
-            try:
-                kinds &= _compare_at_zero(joint, batch)
-            except CompileRefused as error:
-                _refuse_length(joint, batch, error)
-                raise
+            kinds &= _compare_recombined(joint, batch) if batch[0].shape[0] == WIDE else _compare_probe(joint, batch)
             if not kinds:
                 what = "its scalar loss is neither always the mean nor always the sum"
-                raise CompileRefused(_mixing(joint, batch, what))
+                raise CompileRefused(mixing_refusal(joint.source, batch, what))
         _check_added(joint, probes[::3])
         _check_draws(joint, probes[1])
     return joint
+
+
+def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
+    """The probe with its ids and masks recombined; as it is, where there are none or the model does not take them."""
+    other = recombined(batch)
+    if other is not None and joint.source is not None:
+        try:
+            return _compare_probe(joint, other)
+        except CompileRefused:
+            if takes(joint.source, other):
+                raise
+    return _compare_probe(joint, batch)
+
+
+def _compare_probe(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
+    try:
+        return _compare_at_zero(joint, batch)
+    except CompileRefused as error:
+        _refuse_length(joint, batch, error)
+        raise
 
 
 def _check_draws(joint: JointGraph, batch: list[torch.Tensor]) -> None:
@@ -137,19 +149,6 @@ def run_joint(
     return loss, gradients
 
 
-def user_loss(source: Source, batch: list[torch.Tensor]) -> torch.Tensor:
-    """What the user's own code says for this batch, in the modes that capture used."""
-    leaves, spec = tree_flatten(source.example_batch)
-    rest = iter(batch)
-    full = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
-    loss = source.loss_fn(source.model, tree_unflatten(full, spec))
-    if not isinstance(loss, torch.Tensor):
-        raise CompileRefused(
-            f"loss_fn returned a {type(loss).__name__}; it must return a tensor of losses [B], or their mean or sum."
-        )
-    return loss
-
-
 def _compare(
     joint: JointGraph,
     batch: list[torch.Tensor],
@@ -203,9 +202,9 @@ def _compare_given(
                     {"per sample"},
                 )
                 objective = (loss * weights.to(loss)).sum()
-                same = _close(loss.detach(), captured, coarse)
+                same = close(loss.detach(), captured, coarse)
             elif loss.dim() == 0:
-                mean, total = (_close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
+                mean, total = (close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
                 kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
                 same = bool(kinds)
                 scale = 1.0 / size if "mean" in kinds else 1.0
@@ -223,7 +222,7 @@ def _compare_given(
                     else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
                 )
                 raise CompileRefused(
-                    _mixing(joint, batch, f"{scalar} losses differ from those of each sample alone".strip())
+                    mixing_refusal(source, batch, f"{scalar} losses differ from those of each sample alone".strip())
                 )
             if not chosen:
                 return kinds
@@ -260,7 +259,7 @@ def _compare_given(
                     f"uses the autograd.Function {own} with a backward of its own, which a captured graph cannot call. "
                     "Choose the model's switch that avoids it, or write the operation in plain torch."
                 )
-            raise CompileRefused(_mixing(joint, batch, what))
+            raise CompileRefused(mixing_refusal(source, batch, what))
     return kinds
 
 
@@ -283,61 +282,3 @@ def _rounds_to(joint: JointGraph) -> torch.dtype:
     """float32 when the graph casts to it somewhere (LLaMA's norms do, in a float64 model too), else float64."""
     casts = (x for n in joint.module.graph.nodes for x in (*n.args, *n.kwargs.values()))
     return torch.float32 if any(x is torch.float32 for x in casts) else torch.float64
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, coarse: torch.dtype = torch.float64) -> bool:
-    dtype = coarse if a.dtype is torch.float64 else a.dtype
-    tolerance = TOLERANCE.get(dtype, 1e-3) * (0.1 if dtype is torch.float32 else 1.0)
-    return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def _mixing(joint: JointGraph, batch: list[torch.Tensor], what: str) -> str:
-    assert joint.source is not None
-    module = first_mixing_module(joint.source, batch)
-    place = f" The first module whose output for a sample depends on the others is {module}." if module else ""
-    return (
-        f"{type(joint.source.model).__name__} does not mean the same sample by sample: {what}.{place} A private step treats "
-        "every sample alone (batch statistics, in-batch negatives and averages over the tokens of a whole batch have no "
-        "per-sample meaning). Return one loss per sample, or replace the module."
-    )
-
-
-def first_mixing_module(source: Source, batch: list[torch.Tensor]) -> str:
-    """The first module, in order of return, whose rows in a batch differ from its output for each sample alone."""
-
-    def record(rows: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-        seen: list[tuple[str, torch.Tensor]] = []
-
-        def hook(name: str) -> Any:
-            def keep(_m: nn.Module, _i: Any, out: Any) -> None:
-                first = next((x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)), None)
-                if first is not None and first.dtype.is_floating_point:
-                    seen.append((name, first.detach()))
-
-            return keep
-
-        handles = [m.register_forward_hook(hook(n or type(m).__name__)) for n, m in source.model.named_modules()]
-        try:
-            with torch.no_grad():
-                user_loss(source, rows)
-        except Exception:
-            pass
-        finally:
-            for h in handles:
-                h.remove()
-        return seen
-
-    together = record(batch)
-    alone = [record([x[i : i + 1] for x in batch]) for i in range(batch[0].shape[0])]
-    for at, (name, out) in enumerate(together):
-        singles = [a[at][1] for a in alone if at < len(a) and a[at][0] == name]
-        if len(singles) != len(alone) or any(s.dim() != out.dim() for s in singles):
-            continue
-        axes = [d for d in range(out.dim()) if sum(s.shape[d] for s in singles) == out.shape[d]]
-        if axes and not any(
-            all(a == b for k, (a, b) in enumerate(zip(torch.cat(singles, d).shape, out.shape, strict=True)) if k != d)
-            and _close(torch.cat(singles, d), out)
-            for d in axes
-        ):
-            return f"{name} ({type(dict(source.model.named_modules()).get(name, source.model)).__name__})"
-    return ""

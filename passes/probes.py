@@ -12,6 +12,8 @@ from .lengths import resized
 from .torch_private import leaf_names, tree_flatten
 from .unify import where
 
+WIDE = 17  # rows of the widest probe: the one that is recombined
+
 
 def probes_of(source: Source) -> list[list[torch.Tensor]]:
     """Several sizes, permuted and perturbed; with ``source.length`` in turn at every length that is to be checked."""
@@ -20,7 +22,7 @@ def probes_of(source: Source) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)  # probes are made-up data; nothing private rides on this seed
     lengths = source.length.checked if source.length is not None else ()
     probes = []
-    for at, rows in enumerate([2, 3, 17, 0, *[3] * (len(lengths) - 4)]):
+    for at, rows in enumerate([2, 3, WIDE, 0, *[3] * (len(lengths) - 4)]):
         index = torch.randperm(size, generator=generator).repeat(rows // size + 1)[:rows]
         if not rows:
             index = torch.arange(size).repeat(2)[: max(2, min(size, 4))]
@@ -37,6 +39,25 @@ def tensors_of(batch: Any) -> tuple[list[torch.Tensor], list[str]]:
         (x, n) for x, n in zip(tree_flatten(batch)[0], leaf_names(batch), strict=True) if isinstance(x, torch.Tensor)
     ]
     return [x for x, _ in pairs], [n for _, n in pairs]
+
+
+def recombined(batch: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Rows that no example has: every id and mask from the same place of some row. None where there is nothing of it.
+
+    Ids cannot be perturbed as floats are (their range is the model's secret), but a value seen in a place is legal there.
+    Without it a few example rows hide what they share: the largest of the batch, where each of them contains it. A mask
+    and the ids that it covers are moved together. Labels [B] stay: a permuted row has a new one already.
+    """
+    generator = torch.Generator().manual_seed(1)  # made-up data, as above
+    rows, chosen, out = batch[0].shape[0], dict[torch.Size, torch.Tensor](), []
+    for x in batch:
+        if x.dtype.is_floating_point or x.dim() < 2:
+            out.append(x)
+            continue
+        if x.shape not in chosen:
+            chosen[x.shape] = torch.randint(rows, x.shape, generator=generator)
+        out.append(x.gather(0, chosen[x.shape].to(x.device)))
+    return out if chosen else None
 
 
 def perturbed(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -11,6 +11,7 @@ from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.passes.probes import recombined
 
 
 class BatchNormInside(nn.Module):
@@ -90,3 +91,47 @@ def token_mean(model: Any, batch: Any) -> Tensor:
 def test_a_mean_over_the_tokens_of_a_padded_batch_is_refused() -> None:
     assert "neither the mean nor the sum" in refusal(Tagger(), token_mean, tokens(padded=True))
     dpb.compile(Tagger(), token_mean, tokens(padded=False))  # here it is the mean over samples
+
+
+class SharedToken(nn.Module):
+    """Divides by the largest of the batch, a token that every example row has: no two of them disagree about it."""
+
+    def __init__(self, ends: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head, self.ends = nn.Embedding(20, 8), nn.Linear(8, 3), ends
+        with torch.no_grad():
+            self.embed.weight[7] *= 10
+
+    def forward(self, ids: Tensor) -> Any:
+        if self.ends and (ids == 7).sum(1).unique().numel() > 1:
+            raise ValueError("every sequence must have as many ends")  # BART's classifier says so too
+        h = self.embed(ids)
+        return self.head((h if self.ends else h / h.abs().max()).mean(1))
+
+
+def shared_token() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(0))
+    ids[torch.arange(4), torch.arange(4)] = 7  # each row has one, each in a place of its own
+    return ids, torch.arange(4) % 3
+
+
+def test_mixing_that_shows_in_no_two_example_rows_is_refused_by_rows_that_are_made_of_them() -> None:
+    assert "does not mean the same sample by sample" in refusal(SharedToken(), losses, shared_token())
+
+
+def test_a_model_that_does_not_take_rows_made_of_others_is_judged_by_the_rows_it_was_given() -> None:
+    model, (ids, labels) = SharedToken(ends=True), shared_token()
+    step = dpb.compile(model, losses, (ids, labels))
+    F.cross_entropy(model(ids[:1]), labels[:1]).backward()
+    mine = step.per_sample_gradients((ids, labels))["head.bias"][0]
+    assert model.head.bias.grad is not None and torch.allclose(mine, model.head.bias.grad, atol=1e-6)
+
+
+def test_a_mask_moves_with_the_ids_that_it_covers_and_labels_stay() -> None:
+    ids = torch.arange(20).view(4, 5)
+    x = torch.rand(4, 5)
+    made = recombined([ids, ids % 3 > 0, torch.arange(4), x])
+    assert made is not None and made[0].shape == (4, 5) and not torch.equal(made[0], ids)
+    assert torch.equal(made[0] % 5, ids % 5) and torch.equal(made[1], made[0] % 3 > 0)
+    assert torch.equal(made[2], torch.arange(4)) and made[3] is x
+    assert recombined([x, torch.arange(4)]) is None
