@@ -29,7 +29,7 @@ from dpbitfit_fx.onnx_export import (
     live_parameters,
 )
 from dpbitfit_fx.ort_artifacts import graph_file
-from dpbitfit_fx.ort_backends import open_session
+from dpbitfit_fx.ort_device import open_session
 from dpbitfit_fx.passes.lengths import resized
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten, tree_unflatten
 

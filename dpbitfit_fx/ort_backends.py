@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from dpbitfit_fx.errors import ArtifactError, SealBroken
 from dpbitfit_fx.files import describe_os_error
 from dpbitfit_fx.onnx_seal import check_artifacts
-from dpbitfit_fx.ort_artifacts import WEIGHTS, at_lengths, graph_file, phases_of, read_manifest, training_api
+from dpbitfit_fx.ort_artifacts import at_lengths, graph_file, phases_of, read_manifest, training_api
+from dpbitfit_fx.ort_device import DeviceSession, check_device, numpy_of, on_device, session_options
 
 __all__ = [
     "Array",
@@ -28,49 +29,10 @@ __all__ = [
     "PlainBackend",
     "load_artifacts",
     "open_backend",
-    "open_session",
     "pieces",
 ]
 
 Array = npt.NDArray[Any]
-
-
-LARGE_WEIGHTS: Final = 1 << 30  # bytes; an export with more of them is run from its file, without copies in memory
-
-
-def session_options(folder: Path) -> Any:
-    """At ORT_ENABLE_ALL, without warnings on the screen, for the graphs of the export in ``folder``.
-
-    ONNX Runtime maps WEIGHTS into memory, then packs one copy of a weight for the forward pass and one for the backward
-    pass. Large weights are read from the map instead, which all sessions and processes share: a third slower at 64 tokens.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    weights = folder / WEIGHTS
-    if weights.is_file() and weights.stat().st_size > LARGE_WEIGHTS:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
-    return options
-
-
-def open_session(path: Path) -> Any:
-    """An InferenceSession on the CPU.
-
-    Raises:
-        ArtifactError: ONNX Runtime does not take the file.
-    """
-    import onnxruntime
-
-    try:
-        return onnxruntime.InferenceSession(str(path), session_options(path.parent), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's classes differ by version, and share no base of their own
-        raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {os.fspath(path)!r} ({type(error).__name__}). Export again, or "
-            "use the version that the export was checked with."
-        ) from error
 
 
 def pieces(parameters: Sequence[Mapping[str, Any]], flat: Array, key: str) -> dict[str, Array]:
@@ -105,8 +67,10 @@ class OrtTrainingBackend:
 
     noise_with_last_batch = True
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self.folder, self.manifest, self.device = folder, manifest, check_device(device)
         self.parameters = manifest["parameters"]
         self._open(checkpoint or folder / "checkpoint")
 
@@ -117,6 +81,7 @@ class OrtTrainingBackend:
             str(self.folder / "training_model.onnx"),
             self.state,
             str(self.folder / "eval_model.onnx"),
+            device=self.device,
             session_options=session_options(self.folder),
         )
         self.optimizer = api.Optimizer(str(self.folder / "optimizer_model.onnx"), self.module)
@@ -183,64 +148,75 @@ def _temporary_file() -> Iterator[Path]:
 
 
 class PlainBackend:
-    """``grad_step.onnx`` and ``update_step.onnx`` on any onnxruntime; parameters and moments are numpy vectors.
+    """``grad_step.onnx`` and ``update_step.onnx`` on any onnxruntime; the sum, parameters and moments stay on its device.
 
     Args:
         manifest: of an export of one phase, or one of ``phases_of``.
         values: what the parameters that any phase trains hold now, by torch name; default: as exported.
+        device: one of ``ort_device.DEVICES``.
     """
 
     noise_with_last_batch = False
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], values: Mapping[str, Array] | None = None) -> None:
-        lengths = at_lengths(manifest)
-        self.grads = [open_session(folder / graph_file(one, "grad_step")) for one in lengths]
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        values: Mapping[str, Array] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        lengths, self.device = at_lengths(manifest), device
+        self.grads = [DeviceSession(folder / graph_file(one, "grad_step"), device) for one in lengths]
         self.shapes = [{b["name"]: list(b["shape"]) for b in one["batch_inputs"]} for one in lengths]
-        self.step = open_session(folder / graph_file(manifest, "update_step"))
-        self.grad_inputs = {i.name for grad in self.grads for i in grad.get_inputs()}
-        self.step_inputs = {i.name for i in self.step.get_inputs()}
-        size = int(manifest["num_trainable"])
+        self.step = DeviceSession(folder / graph_file(manifest, "update_step"), device)
+        self.size = int(manifest["num_trainable"])
         known = values if values is not None else {}
         if values is None:
             known = initial_values(folder, {"parameters": [*manifest["parameters"], *manifest.get("held", [])]})
-        theta, self.held = (_joined(manifest.get(kind, []), known) for kind in ("parameters", "held"))
-        self.state: dict[str, Array] = {"theta": theta}
+        theta, self._held = (
+            on_device(_joined(manifest.get(kind, []), known), device) for kind in ("parameters", "held")
+        )
+        self.state: dict[str, Any] = {"theta": theta}  # OrtValues
         if manifest["optimizer"]["type"] == "AdamW":
-            self.state.update(m=np.zeros(size, np.float32), v=np.zeros(size, np.float32), t=np.zeros(1, np.int64))
-        self.accumulator: Array = np.zeros(size, np.float32)
+            moments = {n: np.zeros(self.size, np.float32) for n in ("m", "v")} | {"t": np.zeros(1, np.int64)}
+            self.state.update({name: on_device(value, device) for name, value in moments.items()})
+        self.begin()
 
     def begin(self) -> None:
-        self.accumulator = np.zeros_like(self.accumulator)
+        self._accumulator = on_device(np.zeros(self.size, np.float32), self.device)
 
     def accumulate(self, batch: Mapping[str, Array], mask: Array, noise: Array) -> None:
-        own = {"sample_mask": mask, "theta": self.state["theta"], "held": self.held, "accumulator": self.accumulator}
-        feed = {k: np.ascontiguousarray(v) for k, v in {**batch, **own}.items() if k in self.grad_inputs}
+        own = {"theta": self.state["theta"], "held": self._held, "accumulator": self._accumulator}
         bucket = 0
         if len(self.grads) > 1:
             bucket = self.shapes.index({name: list(batch[name].shape[1:]) for name in self.shapes[0]})
-        self.accumulator = np.asarray(self.grads[bucket].run(None, feed)[0])
+        (self._accumulator,) = self.grads[bucket].run({**batch, "sample_mask": mask, **own})
 
     def update(self, noise: Array, learning_rate: float | Array) -> None:
         rate = np.array(learning_rate, np.float32).reshape(-1)
-        given = {**self.state, "accumulator": self.accumulator, "noise": noise, "learning_rate": rate}
-        results = self.step.run(None, {k: v for k, v in given.items() if k in self.step_inputs})
-        self.state = dict(zip(self.state, (np.asarray(r) for r in results), strict=True))
+        given = {**self.state, "accumulator": self._accumulator, "noise": noise, "learning_rate": rate}
+        self.state = dict(zip(self.state, self.step.run(given), strict=True))
 
     def gradient_buffers(self) -> Array:
-        return self.accumulator
+        return numpy_of(self._accumulator)
 
     def flat(self) -> Array:
-        return np.array(self.state["theta"], np.float32)
+        return numpy_of(self.state["theta"])
 
     def set_flat(self, flat: Array) -> None:
-        self.state["theta"] = np.ascontiguousarray(flat, np.float32)
+        self.state["theta"] = on_device(np.array(flat, np.float32), self.device)
+
+    def set_held(self, flat: Array) -> None:
+        """The values of the run's parameters that other phases train."""
+        self._held = on_device(np.array(flat, np.float32), self.device)
 
     def optimizer_state(self) -> dict[str, Array]:
-        return {name: value for name, value in self.state.items() if name != "theta"}
+        return {name: numpy_of(value) for name, value in self.state.items() if name != "theta"}
 
     def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
-        given = {"theta": np.ascontiguousarray(flat, np.float32), **optimizer_state}
-        self.state = {name: np.asarray(given[name]) for name in self.state}
+        given = {"theta": flat, **optimizer_state}
+        kept = {name: np.array(given[name], value.numpy().dtype) for name, value in self.state.items()}
+        self.state = {name: on_device(value, self.device) for name, value in kept.items()}
 
 
 def _joined(parameters: Sequence[Mapping[str, Any]], values: Mapping[str, Array]) -> Array:
@@ -268,14 +244,18 @@ def initial_values(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array
     return values
 
 
-def open_backend(folder: Path, phase: Mapping[str, Any], values: Mapping[str, Array] | None = None) -> Backend:
-    """The backend of one of ``phases_of``, whose seal was matched. values: as in ``PlainBackend``."""
+def open_backend(
+    folder: Path, phase: Mapping[str, Any], values: Mapping[str, Array] | None = None, device: str = "cpu"
+) -> Backend:
+    """The backend of one of ``phases_of``, whose seal was matched. values, device: as in ``PlainBackend``."""
     if phase["target"] == "ort_training":
-        return OrtTrainingBackend(folder, phase)
-    return PlainBackend(folder, phase, values)
+        return OrtTrainingBackend(folder, phase, device=device)
+    return PlainBackend(folder, phase, values, device)
 
 
-def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None) -> Backend:
+def load_artifacts(
+    folder: str | os.PathLike[str], manifest: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> Backend:
     """The backend for the artifacts in ``folder``: ONNX Runtime Training's, or the plain pair's, their seal matched first.
     Of several phases, the first one's.
 
@@ -285,4 +265,4 @@ def load_artifacts(folder: str | os.PathLike[str], manifest: Mapping[str, Any] |
     """
     manifest = read_manifest(folder) if manifest is None else manifest
     check_artifacts(folder, manifest)
-    return open_backend(Path(folder), phases_of(manifest)[0])
+    return open_backend(Path(folder), phases_of(manifest)[0], device=device)

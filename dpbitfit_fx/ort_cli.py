@@ -83,6 +83,7 @@ def ort_train(
     physical_batch_size: PhysicalBatchSize = 32,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the export's plan.")] = None,
     eval_file: EvalFile = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda with an ONNX Runtime that has it.")] = "cpu",
     prior: PriorFiles = None,
     ledger: LedgerFile = None,
     ledger_user: LedgerUser = None,
@@ -111,7 +112,7 @@ def ort_train(
         private = reader.read(data)
         public, evaluator = None, None
         if eval_file is not None:
-            evaluator = Evaluator(artifacts, manifest)
+            evaluator = Evaluator(artifacts, manifest, device)
             public = Records(manifest, reader.read(eval_file), reader.pad_values, lengths)
         trainer = OrtTrainer(
             artifacts,
@@ -134,6 +135,7 @@ def ort_train(
             overwrite=overwrite,
             tuning_covered=tuning_covered,
             public_declarations=reader.declared,
+            device=device,
         )
 
     def scores(running: OrtTrainer) -> dict[str, float]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dpbitfit_fx.errors import ArtifactError, DataError
-from dpbitfit_fx.ort_backends import Array, open_session, pieces
+from dpbitfit_fx.ort_backends import Array, pieces
+from dpbitfit_fx.ort_device import open_session
 from dpbitfit_fx.ort_records import Records
 
 __all__ = ["Evaluator"]
@@ -25,13 +26,13 @@ class Evaluator:
         ArtifactError: the export has no evaluation model.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any], device: str = "cpu") -> None:
         if "eval_model.onnx" not in manifest["files"]:
             raise ArtifactError(
                 f"{os.fspath(folder)!r} has no evaluation model. Leave the evaluation out, load biases.safetensors onto "
                 "the PyTorch model, or export with export_ort_training(..., eval_output=...)."
             )
-        self.session = open_session(Path(folder) / "eval_model.onnx")
+        self.session = open_session(Path(folder) / "eval_model.onnx", device)
         self.wanted = {i.name for i in self.session.get_inputs()}
         self.parameters, self.inputs = manifest["parameters"], manifest["batch_inputs"]
         self.gives_loss = bool(manifest.get("eval_takes_mask"))

@@ -36,7 +36,8 @@ class Backends:
         ArtifactError: the folder is not an export, was changed, or its runtime (or onnx, for the seal) is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any], device: str = "cpu") -> None:
+        self.device = device
         self.folder, self.parameters, self.phases = Path(folder), manifest["parameters"], phases_of(manifest)
         check_artifacts(folder, manifest)
         values = initial_values(self.folder, manifest)
@@ -53,7 +54,7 @@ class Backends:
         return self._current[1]
 
     def _open(self, phase: int, flat: Array) -> Backend:
-        return open_backend(self.folder, self.phases[phase], pieces(self.parameters, flat, "name"))
+        return open_backend(self.folder, self.phases[phase], pieces(self.parameters, flat, "name"), self.device)
 
     def enter(self, phase: int) -> None:
         """Hands the values on to another phase, whose optimizer is new."""
@@ -104,7 +105,7 @@ class OrtRun:
         self.manifest, self.backends, self.records, self.plan = manifest, backends, records, plan
         self.key, self.store = key, store
         self.mechanism = account.named(plan.mechanism(manifest, key.insecure, tuning_covered, declared))
-        self.fingerprint = _fingerprint(manifest, plan, key, records)
+        self.fingerprint = _fingerprint(manifest, plan, key, records) | {"device": backends.device}
         self.ledger = ledger_of(self.mechanism)
         self.step = 0
         self.history: list[dict[str, Any]] = []

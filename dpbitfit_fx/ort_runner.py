@@ -26,6 +26,7 @@ from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.ledger import Ledger
 from dpbitfit_fx.ort_artifacts import read_manifest
 from dpbitfit_fx.ort_backends import Array, Backend, OrtTrainingBackend, PlainBackend, load_artifacts, pieces
+from dpbitfit_fx.ort_device import check_device
 from dpbitfit_fx.ort_plan import Plan, Schedule, plan_for
 from dpbitfit_fx.ort_records import Records
 from dpbitfit_fx.ort_run import Backends, OrtRun
@@ -68,6 +69,7 @@ class OrtTrainer:
         output_dir: receives biases.safetensors, privacy.json and summary.md; while running, a private checkpoint
             folder, locked. Killed at any moment, the same call continues an unfinished run found there.
         checkpoint_every, resume, overwrite: as in ``fit``.
+        device: "cpu", or "cuda" with an ONNX Runtime that has it: the sum, parameters and moments stay there.
         insecure_seed_for_tests: a known seed in place of a secret key: NO PRIVACY, recorded in privacy.json.
 
     Guarantee: (epsilon, delta)-DP for adding or removing one record, as ``finish`` states it in privacy.json. One noise
@@ -100,10 +102,12 @@ class OrtTrainer:
         overwrite: bool = False,
         tuning_covered: bool = False,
         public_declarations: Mapping[str, Any] | None = None,
+        device: str = "cpu",
         insecure_seed_for_tests: int | None = None,
     ) -> None:
         if type(checkpoint_every) is not int or checkpoint_every < 1:
             raise PrivacyError(f"checkpoint_every must be a positive number of steps; got {checkpoint_every!r}.")
+        check_device(device)
         self.account = RunAccount(ledger)
         self.folder = Path(artifacts)
         self.manifest = read_manifest(self.folder)
@@ -147,7 +151,7 @@ class OrtTrainer:
             seed = insecure_seed_for_tests
             self.run = OrtRun(
                 self.manifest,
-                Backends(self.folder, self.manifest),
+                Backends(self.folder, self.manifest, device),
                 self.records,
                 self.plan,
                 SecretKey() if seed is None else SecretKey.insecure_for_tests(seed),

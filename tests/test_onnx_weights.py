@@ -30,7 +30,8 @@ from dpbitfit_fx.onnx_export import export_onnx
 from dpbitfit_fx.onnx_seal import check_artifacts
 from dpbitfit_fx.onnx_weights import ALIGNMENT, INLINE_LIMIT, save_models
 from dpbitfit_fx.ort_artifacts import WEIGHTS, read_manifest
-from dpbitfit_fx.ort_backends import PlainBackend, load_artifacts, session_options
+from dpbitfit_fx.ort_backends import PlainBackend, load_artifacts
+from dpbitfit_fx.ort_device import session_options
 
 WIDTH = 48
 
@@ -139,7 +140,7 @@ def test_weights_that_are_called_large_are_read_from_the_file_and_give_the_same_
     batch = {"x": np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5), "y": np.array([0, 1, 2])}
     sums = []
     for limit in (1 << 30, 0):
-        monkeypatch.setattr("dpbitfit_fx.ort_backends.LARGE_WEIGHTS", limit)
+        monkeypatch.setattr("dpbitfit_fx.ort_device.LARGE_WEIGHTS", limit)
         if limit == 0:
             assert session_options(plain).get_session_config_entry("session.disable_prepacking") == "1"
         backend = PlainBackend(plain, read_manifest(plain))

@@ -266,7 +266,7 @@ def test_what_one_phase_trained_the_next_one_takes_as_it_is(case: Case) -> None:
         with torch.no_grad():
             for p in held:
                 model.get_parameter(p["name"]).add_(shift)
-        backend.held = np.concatenate([model.get_parameter(p["name"]).detach().numpy().ravel() for p in held])
+        backend.set_held(np.concatenate([model.get_parameter(p["name"]).detach().numpy().ravel() for p in held]))
         backend.begin()
         given = {e["name"]: batch[e["path"]].numpy() for e in view["batch_inputs"]}
         backend.accumulate(given, np.ones(3, np.float32), np.zeros(0))

@@ -194,7 +194,7 @@ def test_the_journal_has_the_step_on_disk_before_its_noise_reaches_the_parameter
     def spy(self: PlainBackend, noise: Any, learning_rate: float) -> None:
         lines = (tmp_path / "checkpoint" / "journal.jsonl").read_text().splitlines()
         seen.append(json.loads(lines[-1])["step"])
-        secret = [self.accumulator.tobytes(), noise.tobytes()]
+        secret = [self.gradient_buffers().tobytes(), noise.tobytes()]
         files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         assert files and not any(one in content for one in secret for content in files)
         update(self, noise, learning_rate)
