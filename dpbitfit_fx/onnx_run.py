@@ -313,7 +313,11 @@ def _described(one: _Ready) -> dict[str, Any]:
     asked = one.phase.trainable
     plan = {"sample_rate": one.sampler.sample_rate, "steps": one.sampler.steps}
     entries = phase_entries(one.step, one.layout, one.optimizer, plan)
-    assert math.isclose(entries["expected_batch_size"], one.sampler.expected_batch_size)
+    if not math.isclose(entries["expected_batch_size"], one.sampler.expected_batch_size):
+        raise ExportError(
+            f"The graph divides by {entries['expected_batch_size']:g} and the sampler expects "
+            f"{one.sampler.expected_batch_size:g} records a step."
+        )
     gradients: Any = one.gradients[0] if len(one.gradients) == 1 else list(one.gradients)
     return {
         **entries,

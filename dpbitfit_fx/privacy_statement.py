@@ -259,7 +259,8 @@ class PrivacyStatement:
         phases, ledger = [phase.to_dict() for phase in fields.pop("phases")], fields.pop("ledger")
         ordered = {name: fields.pop(name) for name in _ORDER} | ({"phases": phases} if phases else {})
         ordered |= {"ledger": ledger} if ledger is not None else {}
-        assert not fields
+        if fields:
+            raise PrivacyError(f"privacy.json has no place for {', '.join(fields)}.")
         return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **ordered}
 
     def to_json(self) -> str:

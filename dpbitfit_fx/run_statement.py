@@ -12,6 +12,7 @@ from typing import Any
 
 from dpbitfit_fx.accounting import PriorRun
 from dpbitfit_fx.checkpoint import CheckpointStore
+from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.phases import PhaseRecord, StepLedger
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.sampling import PoissonSampler
@@ -78,7 +79,8 @@ def make_statement(
 ) -> PrivacyStatement:
     """What privacy.json says of a run in which `step` steps were taken and those in the ledger lost."""
     taken = ledger.taken(step) if taken is None else taken
-    assert sum(taken) == step, "every step that was taken is in the statement"
+    if sum(taken) != step:
+        raise PrivacyError(f"The statement would count {sum(taken)} of the {step} steps that were taken.")
     samplers = [PoissonSampler.from_dict(phase["sampler"]) for phase in mechanism["phases"]]
     sigma, size = mechanism["noise_multiplier"], mechanism["dataset_size"]
     records = [

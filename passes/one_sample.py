@@ -9,7 +9,7 @@ from torch import fx
 
 from . import ctc_rule, recurrent_rules, routing_rules, sample_rules, user_rules, write_rules
 from .attention_rule import attention
-from .torch_private import argument_names, arguments, attention_kernel
+from .torch_private import arguments, attention_kernel
 from .unify import VIEWS
 
 aten = torch.ops.aten
@@ -70,14 +70,7 @@ def masks_that_need_gradients(module: fx.GraphModule, trained: list[fx.Node]) ->
     for node in module.graph.nodes:
         if any(i in depends for i in node.all_input_nodes):
             depends.add(node)
-    result = set()
-    for node in module.graph.nodes:
-        if node.target is ATTENTION:
-            assert argument_names(node.target)[3] == "attn_mask"
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if mask in depends:
-                result.add(node)
-    return result
+    return {n for n in module.graph.nodes if n.target is ATTENTION and arguments(n)["attn_mask"] in depends}
 
 
 def attention_kernels(module: fx.GraphModule) -> dict[fx.Node, str]:
