@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fit_cases import run
 from replay_cases import CLIPPINGS, make_world
 from replay_runs import ENGINES, export
@@ -30,7 +34,8 @@ from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.progress import StepInfo
 
 STAGES = ("before the first step", "in training", "while saving", "at the end")
-STEPS, EVERY, SEED, BATCH = 300, 7, 7, 16.0
+STEPS, EVERY, SEED, DELTA = 120, 7, 7, 1e-3
+BATCH, SIGMA = {"fit": 20.0, "ort": 16.0}, 1.0
 TARGETS: dict[str, str] = {"fit": "eager float32", "onnx": "onnx float32", "ort_training": "ort_training float32"}
 
 
@@ -79,11 +84,17 @@ def _watch(stage: Any) -> Callable[[StepInfo], None]:
 def _fit(job: Job, watched: Callable[[StepInfo], None]) -> None:
     plan: dict[str, Any] = {
         "target_epsilon": None,
-        "noise_multiplier": 1.0,
+        "noise_multiplier": SIGMA,
+        "target_delta": DELTA,
+        "expected_batch_size": BATCH["fit"],
         "max_steps": STEPS,
         "learning_rate": job.rate,
     }
     run(job.folder, checkpoint_every=EVERY, callbacks=[watched], insecure_seed_for_tests=SEED, **plan)
+
+
+def ort_records() -> list[dict[str, Any]]:
+    return make_world("mlp", 0, SEED).rows
 
 
 def _ort_train(job: Job, watched: Callable[[StepInfo], None]) -> None:
@@ -91,9 +102,9 @@ def _ort_train(job: Job, watched: Callable[[StepInfo], None]) -> None:
 
     with OrtTrainer(
         job.exported,
-        make_world("mlp", 0, SEED).rows,
+        ort_records(),
         steps=STEPS,
-        target_delta=1e-3,
+        target_delta=DELTA,
         learning_rate=job.rate,
         physical_batch_size=8,
         output_dir=job.folder,
@@ -146,11 +157,14 @@ class Killed:
 
 
 class Processes:
-    """Forks of a server that has imported torch and the package."""
+    """Forks of a server that has imported torch and the package (kill_server)."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["kill_cases", "dpbitfit_fx.ort_runner", "dp_accounting", "onnxruntime"])
+        self.context.set_forkserver_preload(["kill_server"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server is not told of sys.path otherwise
+            forkserver.ensure_running()
 
     def run(self, job: Job, kill_after: float | None = None) -> tuple[bool, str]:
         """Whether it was killed, and in which stage; a process that fails by itself is an error."""
@@ -181,7 +195,7 @@ def kill_many(
     with tempfile.TemporaryDirectory() as name:
         base, whole, jobs = Path(name), dict[str, Outcome](), dict[str, Job]()
         for target in targets:
-            exported = "" if target == "fit" else str(export(target, "mlp", CLIPPINGS[0], BATCH, False))
+            exported = "" if target == "fit" else str(export(target, "mlp", CLIPPINGS[0], BATCH["ort"], False))
             jobs[target] = Job(target, str(base / target), exported)
             begin = time.monotonic()
             processes.run(jobs[target])
