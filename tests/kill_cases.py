@@ -73,7 +73,7 @@ def _watch(stage: Any) -> Callable[[StepInfo], None]:
         save(self, *arguments)
         stage.value = before
 
-    CheckpointStore.record, CheckpointStore.save = recording, saving  # type: ignore[method-assign]
+    CheckpointStore.record, CheckpointStore.save = recording, saving  # type: ignore[method-assign, assignment]
 
     def callback(info: StepInfo) -> None:
         stage.value = 3 if info.step == info.steps else 1

@@ -71,8 +71,8 @@ class Side:
 class Engine(Protocol):
     """One backend at one precision. why_not: what this machine lacks for it, or None."""
 
-    wide: bool
-
+    @property
+    def wide(self) -> bool: ...
     def why_not(self) -> str | None: ...
     def run(self, side: Side, folder: str | None) -> Trace: ...
 
@@ -107,7 +107,10 @@ class Torch:
                 trace.see(info.step - 1, given.numpy().copy(), biases(model))
                 if side.follow is not None:
                     with torch.no_grad():
-                        torch._foreach_copy_(trained, _split(side.follow.held[info.step - 1], trained))
+                        for parameter, value in zip(
+                            trained, _split(side.follow.held[info.step - 1], trained), strict=True
+                        ):
+                            parameter.copy_(value)
 
             with contextlib.suppress(Crash):
                 result = fit(
@@ -149,7 +152,8 @@ class Torch:
 
 
 def _split(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
-    return [piece.view(p.shape) for piece, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]
+    pieces = torch.split(flat, [p.numel() for p in like])
+    return [piece.view(p.shape) for piece, p in zip(pieces, like, strict=True)]
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------

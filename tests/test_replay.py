@@ -85,7 +85,8 @@ def norm_over_fewer(patch: pytest.MonkeyPatch) -> None:
         gradients = [g.flatten(1).double() for g in self.per_sample_gradients(batch).values()]
         norms = torch.cat(gradients[:-1], 1).norm(dim=1).clamp_min(self.max_grad_norm)
         factors = mask * self.max_grad_norm / norms
-        return total + (factors @ torch.cat(gradients, 1)).to(total.dtype)
+        clipped: Tensor = factors @ torch.cat(gradients, 1)
+        return total + clipped.to(total.dtype)
 
     patch.setattr(PrivateStep, "accumulate", accumulate)
 
