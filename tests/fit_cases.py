@@ -20,9 +20,9 @@ RECORDS = 120
 STEPS = 12
 
 
-def mlp() -> nn.Sequential:
+def mlp(inputs: int = 4, width: int = 6) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 2))
 
 
 def points() -> torch.utils.data.TensorDataset:
@@ -35,14 +35,20 @@ def mlp_loss(model: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
+def scaled_loss(model: Any, batch: Any) -> Tensor:
+    """Of points as mappings, with a weight that scales the loss."""
+    losses: Tensor = nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * batch["weight"]
+    return losses
+
+
 class TextModel(nn.Module):
     """Embeds, mixes, averages over the real tokens: records of unequal length."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 5) -> None:
         super().__init__()
-        self.embed = nn.Embedding(20, 5)
-        self.mix = nn.Linear(5, 5)
-        self.head = nn.Linear(5, 2)
+        self.embed = nn.Embedding(20, width)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = torch.tanh(self.mix(self.embed(input_ids)))
@@ -52,9 +58,9 @@ class TextModel(nn.Module):
         return logits
 
 
-def text_model() -> TextModel:
+def text_model(width: int = 5) -> TextModel:
     torch.manual_seed(0)
-    return TextModel()
+    return TextModel(width)
 
 
 def sentences(count: int = 90) -> list[dict[str, Any]]:
@@ -74,6 +80,21 @@ def text_loss(model: Any, batch: Any) -> Tensor:
     logits = model(batch["input_ids"], batch["attention_mask"])
     losses: Tensor = nn.functional.cross_entropy(logits, batch["label"], reduction="none") * batch["weight"]
     return losses
+
+
+class MaskedMean(nn.Module):
+    """Reads float sequences through a mask that stops even NaN."""
+
+    def __init__(self, inputs: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.mix = nn.Linear(inputs, width)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        keep = mask.unsqueeze(-1) > 0
+        hidden = torch.tanh(self.mix(torch.where(keep, x, torch.zeros_like(x))))
+        pooled: Tensor = self.head(torch.where(keep, hidden, torch.zeros_like(hidden)).sum(1))
+        return pooled
 
 
 def run(folder: Path | str | None, **changes: Any) -> FitResult:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fit_cases import mlp, sentences, text_loss, text_model
-from torch import Tensor, nn
+from fit_cases import MaskedMean, mlp, scaled_loss, sentences, text_loss, text_model
+from torch import Tensor
 
 from dpbitfit_fx.batching import PhysicalBatches
 from dpbitfit_fx.fit import Engine, build_engine
@@ -40,11 +40,6 @@ def text_engine(rows: Sequence[Any], clipping: Clipping, physical: Any = (3, 4, 
         physical_batch_size=physical,
         **changes,
     )
-
-
-def scaled_loss(model: Any, batch: Any) -> Tensor:
-    losses: Tensor = nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * batch["weight"]
-    return losses
 
 
 def scaled_engine(rows: Sequence[Any], clipping: Clipping, physical: int = 8, rate: float = 0.15) -> Engine:
@@ -165,21 +160,6 @@ def test_a_records_padded_length_is_a_function_of_that_record_alone() -> None:
             assert batch.sample_mask.shape[0] == (3, 4, 2)[batch.bucket] and length == BUCKETS[batch.bucket]
             for row in batch.rows:
                 assert BUCKETS[batch.bucket] == min(b for b in BUCKETS if b >= len(rows[row]["input_ids"]))
-
-
-class MaskedMean(nn.Module):
-    """Reads float sequences through a mask that stops even NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(3, 4)
-        self.head = nn.Linear(4, 1)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        keep = mask.unsqueeze(-1) > 0
-        hidden = torch.tanh(self.mix(torch.where(keep, x, torch.zeros_like(x))))
-        pooled: Tensor = self.head(torch.where(keep, hidden, torch.zeros_like(hidden)).sum(1))
-        return pooled
 
 
 def float_sequences(count: int = 30) -> list[dict[str, Any]]:
