@@ -20,7 +20,7 @@ from dpbitfit_fx.passes.errors import SealBroken
 from dpbitfit_fx.passes.joint_graph import JointGraph
 
 aten = torch.ops.aten
-EDITS = 800
+EDITS = 600
 
 
 def test_edited_graphs_are_refused_or_measured_sound() -> None:
