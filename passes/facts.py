@@ -102,6 +102,10 @@ def functional(joint: JointGraph) -> None:
     names = [n.name for n in joint.module.graph.nodes if n.op == "placeholder"]
     if names != [i.name for i in joint.inputs]:
         raise SealBroken("The graph's inputs are not those that were declared, in their order.")
+    # State and batch, the mask, the accumulator and the noise are fed by place, in the order of the roles.
+    order = [list(Role).index(i.role) for i in joint.inputs]
+    if order != sorted(order):
+        raise SealBroken("The graph's inputs are not in the order in which they are fed: one would be taken for another.")
 
 
 def per_sample(joint: JointGraph) -> None:

@@ -36,6 +36,8 @@ def placeholder(joint: JointGraph, role: Role, node: Any, users: int, what: str)
 
 
 def single_output(joint: JointGraph) -> Any:
+    if not isinstance(joint.module.graph.output_node().args[0], (tuple, list)):
+        raise SealBroken("The graph returns one vector bare: its first coordinate would be taken for the vector.")
     if len(joint.outputs) != 1:
         raise SealBroken(f"The graph has {len(joint.outputs)} outputs; only one flat vector [D] may leave it.")
     return joint.outputs[0]

@@ -311,6 +311,12 @@ def an_output_that_is_a_nest(p: Parts) -> None:
     p.out((p.div, p.norm))
 
 
+@sabotage("The graph returns one vector bare")
+def an_output_that_is_bare(p: Parts) -> None:
+    """What runs takes the first of a tuple of one; of a vector it would take a number."""
+    p.output.args = (p.div,)
+
+
 @sabotage("denominator: expected aten.div.Scalar, found aten.div.Tensor")
 def the_sum_of_the_mask_as_denominator(p: Parts) -> None:
     count = p.before(p.div, aten.sum.default, p.mask)
@@ -569,6 +575,14 @@ def an_input_that_was_not_declared(p: Parts) -> None:
 @sabotage("The graph's inputs are not those that were declared")
 def inputs_in_another_order(p: Parts) -> None:
     p.inputs[:2] = p.inputs[1::-1]
+
+
+@sabotage("not in the order in which they are fed")
+def the_mask_and_the_accumulator_in_each_others_place(p: Parts) -> None:
+    """Fed by place, a batch of D rows would be weighted by the secret sum, and the mask would be released."""
+    p.mask.prepend(p.accumulator)
+    at = [i.role for i in p.inputs].index(Role.MASK)
+    p.inputs[at : at + 2] = p.inputs[at : at + 2][::-1]
 
 
 @sabotage("The graph holds get_attr")
@@ -915,6 +929,7 @@ UPDATES: dict[str, Callable[[fx.Graph], Any]] = {
     "another denominator": lambda g: put_second(g, "div_scalar", 1.0),
     "another scale": lambda g: put_second(g, "mul_scalar", 1.0),
     "noise twice": lambda g: put_second(g, "add_tensor", find(g, "accumulator")),
+    "a bare output": lambda g: setattr(g.output_node(), "args", (find(g, "div_scalar"),)),
 }
 
 
@@ -946,6 +961,18 @@ def test_a_sabotaged_update_half_is_refused(step: PrivateStep, kind: str) -> Non
     UPDATES[kind](graph)
     broken = dataclasses.replace(update, module=fx.GraphModule(torch.nn.Module(), graph))
     with pytest.raises(SealBroken):
+        check_update(broken)
+
+
+def test_an_update_half_that_takes_the_noise_for_the_sum_is_refused(step: PrivateStep) -> None:
+    """``update(sum, noise)`` would give ``(noise + sum * sigma R) / N``: another scale of the noise, and of the sum."""
+    _, update = split(step.joint)
+    graph, _ = copy_graph(update.module)
+    find(graph, "accumulator").prepend(find(graph, "noise"))
+    broken = dataclasses.replace(
+        update, module=fx.GraphModule(torch.nn.Module(), graph), inputs=tuple(reversed(update.inputs))
+    )
+    with pytest.raises(SealBroken, match="not in the order in which they are fed"):
         check_update(broken)
 
 
