@@ -119,6 +119,18 @@ def test_mixing_that_shows_in_no_two_example_rows_is_refused_by_rows_that_are_ma
     assert "does not mean the same sample by sample" in refusal(SharedToken(), losses, shared_token())
 
 
+class Deduplicates(SharedToken):
+    """Divides by the number of equal sequences in the batch: no two example rows are equal."""
+
+    def forward(self, ids: Tensor) -> Any:
+        copies = (ids[:, None] == ids[None]).all(-1).sum(1)
+        return self.head(self.embed(ids).mean(1) / copies[:, None])
+
+
+def test_a_model_that_looks_for_equal_rows_is_refused_though_no_example_rows_are_equal() -> None:
+    assert "does not mean the same sample by sample" in refusal(Deduplicates(), losses, shared_token())
+
+
 def test_a_model_that_does_not_take_rows_made_of_others_is_judged_by_the_rows_it_was_given() -> None:
     model, (ids, labels) = SharedToken(ends=True), shared_token()
     step = dpb.compile(model, losses, (ids, labels))
