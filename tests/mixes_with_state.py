@@ -85,7 +85,8 @@ def centred(x: Tensor) -> Tensor:
 def running_mean(m: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         m.mean.lerp_(h.mean(0), 0.1)
-    return h - m.mean
+    out: Tensor = h - m.mean
+    return out
 
 
 def only_written(m: Any, h: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ def only_written(m: Any, h: Tensor) -> Tensor:
 
 def counter_in_a_buffer(m: Any, h: Tensor) -> Tensor:
     m.count.add_(h.shape[0])
-    return h / m.count
+    out: Tensor = h / m.count
+    return out
 
 
 def every_third(m: Any, h: Tensor) -> Tensor:
@@ -114,7 +116,8 @@ def a_number(m: Any, h: Tensor) -> Tensor:
     before = m.scale
     with contextlib.suppress(Exception):
         m.scale = float(h.detach().abs().max())
-    return h / before
+    out: Tensor = h / before
+    return out
 
 
 def through_numpy(m: Any, h: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ def pre_hook(sizes: Sizes) -> nn.Module:
 
 def backward_hook(sizes: Sizes) -> nn.Module:
     module = Function(lambda m, h: h * 1.0)
-    module.register_full_backward_hook(lambda m, given, out: (centred(given[0]),))
+    module.register_full_backward_hook(lambda m, given, out: tuple(map(centred, given)))
     return module
 
 

@@ -259,11 +259,17 @@ def judge_many(count: int, start: int, mixing: float = 0.2, each: Callable[[Judg
     return judged
 
 
+def _reason(why: str) -> str:
+    """The first clause of a refusal, numbers and names left out; of a mix what differs."""
+    words = why.partition("sample by sample: ")
+    return re.split(r"[.,](?: |$)", re.sub(r"'[^']*'|\d+", "", words[2] or words[0]))[0][:90]
+
+
 Tally = dict[str, dict[str, int]]
 
 
 def tally(verdicts: Iterable[tuple[Network, Verdict]]) -> Tally:
-    """Counts by kind, among mixing networks and the others; refusals by the first words of the reason; kinds by way."""
+    """Counts by kind, among mixing networks and the others; refusals by their reason; kinds by way."""
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for network, verdict in verdicts:
         which = "mixing" if network.mixes else "not mixing"
@@ -272,9 +278,7 @@ def tally(verdicts: Iterable[tuple[Network, Verdict]]) -> Tally:
         if network.mixes:
             found[f"way: {network.way}"][verdict.kind] += 1
         if verdict.kind == "refused":
-            # Numbers and names left out, and of a mix what differs.
-            words = verdict.why.partition("sample by sample: ")
-            found[f"refused, {which}"][re.sub(r"[\d.'\"]+", "", words[2] or words[0])[:80]] += 1
+            found[f"refused, {which}"][_reason(verdict.why)] += 1
     return {k: dict(v.most_common()) for k, v in sorted(found.items())}
 
 
