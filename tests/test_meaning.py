@@ -54,6 +54,19 @@ def test_a_loss_that_is_no_sum_or_mean_over_samples_is_refused(kind: str) -> Non
     assert words in refusal(Sandwich(), loss)
 
 
+def over_class_two(model: Any, batch: Any) -> Tensor:
+    chosen = batch[1] == 2
+    found: Tensor = (losses(model, batch) * chosen).sum() / chosen.sum().clamp(min=1)
+    return found
+
+
+def test_an_example_batch_from_which_nothing_is_learned_is_refused_for_it_proves_nothing() -> None:
+    x, labels = points()
+    assert "neither the mean nor the sum" in refusal(Sandwich(), over_class_two, (x, labels))
+    assert "zero for every row of example_batch" in refusal(Sandwich(), over_class_two, (x, labels % 2))
+    dpb.compile(Sandwich(), lambda m, b: losses(m, b) * (b[1] == 2), (x, labels))  # one row of four is enough
+
+
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_a_scalar_loss_that_is_the_mean_or_the_sum_gives_the_same_gradients(reduce: str) -> None:
     model = Sandwich()
