@@ -22,11 +22,13 @@ from .probes import WIDE, first_failing, length_of, probes_of, recombined, tenso
 from .random_draws import example, of_row
 from .replay import replaying
 
+SILENT = "silent"  # among what a probe's loss can be: no row of it has a gradient, so that its agreement proves nothing
+
 
 def check_meaning(joint: JointGraph) -> JointGraph:
     """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
     assert joint.source is not None
-    kinds, model = {"per sample", "mean", "sum"}, joint.source.model
+    kinds, model = {"per sample", "mean", "sum", SILENT}, joint.source.model
     probes = probes_of(joint.source)
     with (
         untouched(model),
@@ -35,9 +37,14 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     ):
         for batch in probes:
             kinds &= _compare_recombined(joint, batch) if batch[0].shape[0] == WIDE else _compare_probe(joint, batch)
-            if not kinds:
+            if not kinds - {SILENT}:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(mixing_refusal(joint.source, batch, what))
+        if SILENT in kinds:
+            raise CompileRefused(
+                "The gradients of all trainables are zero for every row of example_batch, so it cannot show whether "
+                "samples mix. Give rows from which something is learned (labels that the loss does not leave out)."
+            )
         _check_added(joint, probes[::3])
         _check_draws(joint, probes[1])
     return joint
@@ -155,7 +162,7 @@ def _compare(
     names: set[str] | None = None,
     given: list[torch.Tensor] | None = None,
 ) -> set[str]:
-    """What the scalar loss can be; refuses where losses, or gradients (of ``names`` alone, if given), differ.
+    """What the loss can be, and whether it is silent; refuses where losses, or gradients (of ``names`` alone, if given), differ.
 
     given: the random numbers of a batch of one; without them everything is kept, in both, and uniforms are all low, then
     all high: whichever way they are compared, once the branch that they switch is on, and its mixing seen.
@@ -164,7 +171,7 @@ def _compare(
     if given is not None:
         with replaying(draws, size, of_row(draws, given, 0)):
             return _compare_given(joint, batch, names, given)
-    kinds = {"per sample", "mean", "sum"}
+    kinds = {"per sample", "mean", "sum", SILENT}
     for level in (0.98, 0.02) if any(d.keep is None for d in draws) else (0.98,):
         made_up = [x.to(batch[0].device) for x in example(draws, size, constant=level)]
         with replaying(draws, size, constant=level):
@@ -260,7 +267,7 @@ def _compare_given(
                     "Choose the model's switch that avoids it, or write the operation in plain torch."
                 )
             raise CompileRefused(mixing_refusal(source, batch, what))
-    return kinds
+    return kinds | ({SILENT} if whole == 0.0 else set())
 
 
 def _own_backward(loss: torch.Tensor) -> str:

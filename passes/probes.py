@@ -29,8 +29,14 @@ def probes_of(source: Source) -> list[list[torch.Tensor]]:
         probe = [x[index.to(x.device)].clone() for x in leaves]
         if source.length is not None:
             probe = resized(probe, names, source.length, lengths[at % len(lengths)])
-        probes.append([perturbed(x, generator) for x in probe] if rows else probe)
+        probe = [perturbed(x, generator) for x in probe] if rows else probe
+        probes.append([twinned(x) for x in probe] if rows == WIDE else probe)
     return probes
+
+
+def twinned(x: torch.Tensor) -> torch.Tensor:
+    """The last row is the first once more: what mixes equal rows alone (counts of duplicates) shows on no others."""
+    return torch.cat([x[:-1], x[:1]])
 
 
 def tensors_of(batch: Any) -> tuple[list[torch.Tensor], list[str]]:
@@ -55,7 +61,7 @@ def recombined(batch: list[torch.Tensor]) -> list[torch.Tensor] | None:
             out.append(x)
             continue
         if x.shape not in chosen:
-            chosen[x.shape] = torch.randint(rows, x.shape, generator=generator)
+            chosen[x.shape] = twinned(torch.randint(rows, x.shape, generator=generator))
         out.append(x.gather(0, chosen[x.shape].to(x.device)))
     return out if chosen else None
 

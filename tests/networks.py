@@ -1,4 +1,4 @@
-"""A grammar of small networks for Hypothesis: layers that keep samples apart, and, now and then, one that mixes them.
+"""A grammar of small networks for Hypothesis: layers that keep samples apart and, in a share of them, one way of mixing.
 
 Every network is float64, so that a wrong gradient cannot hide behind rounding. An activation is ``tokens`` [B, T, C],
 ``image`` [B, C, H, W] or ``flat`` [B, C]; ``sizes`` leaves the batch out.
@@ -6,20 +6,17 @@ Every network is float64, so that a wrong gradient cannot hide behind rounding. 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from mixes import LOSS_MIXES, MIXES
+from mixes_with_state import STATEFUL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-import dpbitfit_fx as dpb
 
 Draw = Callable[[Any], Any]
 Sizes = tuple[int, ...]
@@ -41,13 +38,18 @@ class Do(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What was drawn: the model in eval mode, its loss, ``ROWS`` rows, and whether a layer mixes samples on purpose."""
+    """What was drawn: the model in eval mode, its loss, ``ROWS`` rows, and the way in which samples are mixed, if any."""
 
     model: nn.Module
     loss: Callable[[Any, Any], Tensor]
     data: tuple[Tensor, Tensor]
     text: str
-    mixes: bool
+    way: str = ""
+    summed: bool = False  # a scalar loss grows with the number of rows
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.way)
 
     def rows(self, index: list[int]) -> tuple[Tensor, Tensor]:
         return self.data[0][index], self.data[1][index]
@@ -127,30 +129,17 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "times an identity of the batch's size": lambda h: (torch.eye(h.shape[0]).to(h) @ h.flatten(1)).reshape(h.shape),
 }
 
-# Ways of mixing samples: none may be accepted where it shows.
-MIXES: dict[str, Callable[[Tensor], Tensor]] = {
-    "minus the batch mean": lambda h: h - h.mean(0),
-    "softmax over samples": lambda h: h.softmax(0),
-    "neighbour": lambda h: h + h.roll(1, 0),
-    "reversed batch": lambda h: h.flip(0),
-    "cumsum over samples": lambda h: h.cumsum(0),
-    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
-    "norm of the batch": lambda h: h / h.norm(),
-    "sorted over samples": lambda h: h.sort(0).values,
-    "divided by the batch size": lambda h: h / h.shape[0],
-    "row numbers": lambda h: h + 0.1 * torch.arange(h.shape[0]).to(h).reshape(-1, *[1] * (h.dim() - 1)),
-    "largest of the batch": lambda h: h / h.abs().max(),
-    "attention between samples": lambda h: ((h.flatten(1) @ h.flatten(1).T).softmax(-1) @ h.flatten(1)).reshape(
-        h.shape
-    ),
-    "mixing in the gradient": lambda h: h + (h.mean(0) - h.mean(0).detach()),
-}
-
-
 def _simple(draw: Draw, table: dict[str, Callable[[Tensor], Tensor]]) -> Do:
     name = draw(st.sampled_from(sorted(table)))
     function = table[name]
     return Do(name, lambda m, h: function(h))
+
+
+def mix(way: str, sizes: Sizes) -> Do:
+    """The layer that mixes samples in this way, for activations of these sizes."""
+    if way in STATEFUL:
+        return Do(way, lambda m, h: m.of(h), of=STATEFUL[way](sizes))
+    return Do(way, lambda m, h: MIXES[way](h))
 
 
 def linear(draw: Draw, sizes: Sizes) -> tuple[Do, Sizes]:
@@ -405,19 +394,24 @@ EXITS: dict[str, list[Builder]] = {
 }
 
 
-def _residual(draw: Draw, kind: str, sizes: Sizes) -> Do:
+def _residual(draw: Draw, kind: str, sizes: Sizes, mixing: Do | None = None) -> Do:
     keeping: dict[str, list[Builder]] = {
         "tokens": [shared, attention, conv1d, layer_norm, activation],
         "image": [squeeze_excite, image_norm, activation],
         "flat": [shared, flat_norm, activation],
     }
     inner = [draw(st.sampled_from(keeping[kind]))(draw, sizes)[0] for _ in range(draw(st.integers(1, 2)))]
+    if mixing is not None:
+        inner.insert(draw(st.integers(0, len(inner))), mixing)
     return Do(f"residual[{', '.join(x.text for x in inner)}]", lambda m, h: h + m.inner(h), inner=nn.Sequential(*inner))
 
 
 @st.composite
-def networks(draw: Draw, mixing: bool = True) -> Network:
-    """A network of two to six layers, its head, its loss and its data; one in five mixes samples when ``mixing``."""
+def networks(draw: Draw, mixing: float = 0.2) -> Network:
+    """A network of two to six layers, its head, its loss and its data; ``mixing`` is the share that mixes samples.
+
+    The mix is a layer, or within a residual, or in the loss.
+    """
     torch.manual_seed(draw(st.integers(0, 10_000)))
     entry = draw(st.sampled_from(["ids", "tokens", "image", "flat"]))
     layers: list[Do] = []
@@ -434,12 +428,18 @@ def networks(draw: Draw, mixing: bool = True) -> Network:
         )
     else:
         x = torch.randn(ROWS, *sizes, dtype=torch.float64)
-    mixes = mixing and draw(st.sampled_from([False, False, False, True, False]))
+    place = way = ""
+    if draw(st.sampled_from(range(20))) >= 20 - round(20 * mixing):
+        place = draw(st.sampled_from(["layer", "layer", "residual", "loss"]))
+        way = draw(st.sampled_from(sorted(LOSS_MIXES if place == "loss" else {**MIXES, **STATEFUL})))
     count = draw(st.integers(1, 4))
-    at = draw(st.integers(0, count - 1)) if mixes else -1
+    at = draw(st.integers(0, count - 1)) if place in ("layer", "residual") else -1
     for i in range(count):
-        if i == at:
-            layers.append(_simple(draw, MIXES))
+        if i == at and place == "layer":
+            layers.append(mix(way, sizes))
+        if i == at and place == "residual":
+            layers.append(_residual(draw, kind, sizes, mix(way, sizes)))
+            continue
         if draw(st.integers(0, 3)) == 3:
             layers.append(_residual(draw, kind, sizes))
             continue
@@ -451,140 +451,15 @@ def networks(draw: Draw, mixing: bool = True) -> Network:
         layers.append(layer)
     layers.append(Do("head", lambda m, h: m.of(h), of=nn.Linear(sizes[0], 3)))
     reduction = draw(st.sampled_from(["none", "none", "mean", "sum"]))
+    summed = LOSS_MIXES[way][1] if place == "loss" else reduction == "sum"
 
     def loss(model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
+        if place != "loss":
+            return F.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
+        logits = model(batch[0])
+        return LOSS_MIXES[way][0](F.cross_entropy(logits, batch[1], reduction="none"), logits, batch[1])
 
-    text = f"{entry} -> {' -> '.join(x.text for x in layers)}; cross_entropy({reduction})"
+    name = way if place == "loss" else f"cross_entropy({reduction})"
+    text = f"{entry} -> {' -> '.join(x.text for x in layers)}; {name}"
     model = nn.Sequential(*layers).double().eval()
-    return Network(model, loss, (x, torch.randint(0, 3, (ROWS,))), text, mixes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """``sealed`` with right numbers, ``refused`` with its reason, ``invalid`` (the model itself fails) or ``wrong``."""
-
-    kind: str
-    why: str = ""
-
-
-def _losses_alone(network: Network, rows: list[int], copies: int = 2) -> list[Tensor]:
-    """The loss of each row in a batch of equal rows: torch's eval BatchNorm is wrong for a batch of one (design §3)."""
-    found = []
-    for row in rows:
-        loss = network.loss(network.model, network.rows([row] * copies))
-        summed = not loss.dim() and "cross_entropy(sum)" in network.text
-        found.append(loss[0] if loss.dim() else loss / copies if summed else loss)
-    return found
-
-
-def _flat(gradients: Any, like: Any) -> Tensor:
-    """One row: the gradients one after the other, zeros where there is none."""
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, like, strict=True)])
-
-
-def _tied(network: Network, row: int, of: list[nn.Parameter], ours: Tensor, tolerance: float) -> bool:
-    """Whether ``ours`` is the model's own gradient of this row in a batch of another size than two.
-
-    Two equal tokens under ``max`` differ by rounding alone, which the batch's size decides: the model disagrees with itself.
-    """
-    for copies in (3, 4, 5, 8):
-        (loss,) = _losses_alone(network, [row], copies)
-        theirs = _flat(torch.autograd.grad(loss, of, allow_unused=True), of)
-        if bool((ours - theirs).norm() <= tolerance * theirs.norm().clamp(min=1e-6)):
-            return True
-    return False
-
-
-def judge(network: Network, tolerance: float = 1e-9) -> Verdict:
-    """Compile the network and hold it against autograd on one sample at a time, and against its own batched loss."""
-    rows = [5, 1, 4, 0, 2]
-    params = dict(network.model.named_parameters())
-    summed = "cross_entropy(sum)" in network.text
-    try:
-        alone = _losses_alone(network, rows)
-        grads = [torch.autograd.grad(x, list(params.values()), allow_unused=True) for x in alone]
-        together = network.loss(network.model, network.rows(rows))
-        if not all(bool(torch.isfinite(x)) for x in alone):
-            return Verdict("invalid", "a loss is not finite")
-    except Exception as error:
-        return Verdict("invalid", f"{type(error).__name__}: {str(error)[:100]}")
-    try:
-        step = dpb.compile(
-            network.model, network.loss, network.rows([0, 1, 2, 3]), noise_multiplier=1.0, expected_batch_size=4
-        )
-    except dpb.CompileRefused as error:
-        return Verdict("refused", str(error))
-    if "sealed" not in step.report().facts:
-        return Verdict("wrong", "accepted without a seal")
-    ours = step.per_sample_gradients(network.rows(rows))
-    names, trained = list(params), [params[n] for n in ours]
-    mine = torch.cat([g.flatten(1) for g in ours.values()], 1)
-    theirs = torch.stack([_flat([g[names.index(n)] for n in ours], trained) for g in grads])
-    apart = (mine - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-6)
-    for at in torch.nonzero(~(apart <= tolerance)).flatten().tolist():
-        if not _tied(network, rows[at], trained, mine[at], tolerance):
-            return Verdict("wrong", f"per-sample gradients are off by {float(apart.max()):.1e}")
-        theirs[at] = mine[at]
-    missing = [
-        n for n in names if n.rsplit(".", 1)[-1] == "bias" and n not in ours and grads[0][names.index(n)] is not None
-    ]
-    if missing:
-        return Verdict("wrong", f"biases with a gradient are not trained: {missing}")
-    expected = torch.stack(alone)
-    expected = expected if together.dim() else expected.sum() if summed else expected.mean()
-    if not torch.allclose(together, expected, rtol=1e-6, atol=1e-8):
-        return Verdict("wrong", "accepted, but its batched loss is not that of its samples")
-    total = _flat(torch.autograd.grad(together.sum(), trained, allow_unused=True), trained)
-    wanted = theirs.sum(0) if together.dim() or summed else theirs.mean(0)
-    if not bool((total - wanted).norm() <= 1e-6 * theirs.norm(dim=1).sum() + 1e-9):
-        return Verdict("wrong", "accepted, but its batched gradient is not that of its samples")
-    return Verdict("sealed")
-
-
-Judged = list[tuple[Network, Verdict]]
-
-
-def judge_many(count: int, start: int, mixing: bool = True, each: Callable[[Judged], None] | None = None) -> Judged:
-    """``count`` networks that differ in their layers, drawn by Hypothesis from the seeds ``start``, ``start + 1``, ..."""
-    judged: Judged = []
-    seen: set[str] = set()
-    while len(seen) < count:
-
-        @seed(start)
-        @settings(
-            max_examples=max(
-                20, count
-            ),  # never as few as are missing: Hypothesis's first example is always the simplest
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-            deadline=None,
-            derandomize=False,
-            database=None,
-        )
-        @given(networks(mixing=mixing))
-        def run(network: Network) -> None:
-            if network.text not in seen and len(seen) < count:
-                seen.add(network.text)
-                judged.append((network, judge(network)))
-                if each is not None:
-                    each(judged)
-
-        run()
-        start += 1
-    return judged
-
-
-def tally(verdicts: Judged) -> dict[str, collections.Counter[str]]:
-    """Counts by kind, and within the refused by the first words of the reason, numbers and names left out."""
-    found: dict[str, collections.Counter[str]] = {
-        "kinds": collections.Counter(),
-        "refused": collections.Counter(),
-        "refused without mixing": collections.Counter(),
-    }
-    for network, verdict in verdicts:
-        found["kinds"][verdict.kind] += 1
-        if verdict.kind == "refused":
-            reason = re.sub(r"[\d.'\"]+", "", verdict.why)[:90]
-            found["refused" if network.mixes else "refused without mixing"][reason] += 1
-    return found
+    return Network(model, loss, (x, torch.randint(0, 3, (ROWS,))), text, way, summed)

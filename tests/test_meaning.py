@@ -54,6 +54,19 @@ def test_a_loss_that_is_no_sum_or_mean_over_samples_is_refused(kind: str) -> Non
     assert words in refusal(Sandwich(), loss)
 
 
+def over_class_two(model: Any, batch: Any) -> Tensor:
+    chosen = batch[1] == 2
+    found: Tensor = (losses(model, batch) * chosen).sum() / chosen.sum().clamp(min=1)
+    return found
+
+
+def test_an_example_batch_from_which_nothing_is_learned_is_refused_for_it_proves_nothing() -> None:
+    x, labels = points()
+    assert "neither the mean nor the sum" in refusal(Sandwich(), over_class_two, (x, labels))
+    assert "zero for every row of example_batch" in refusal(Sandwich(), over_class_two, (x, labels % 2))
+    dpb.compile(Sandwich(), lambda m, b: losses(m, b) * (b[1] == 2), (x, labels))  # one row of four is enough
+
+
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_a_scalar_loss_that_is_the_mean_or_the_sum_gives_the_same_gradients(reduce: str) -> None:
     model = Sandwich()
@@ -117,6 +130,18 @@ def shared_token() -> tuple[Tensor, Tensor]:
 
 def test_mixing_that_shows_in_no_two_example_rows_is_refused_by_rows_that_are_made_of_them() -> None:
     assert "does not mean the same sample by sample" in refusal(SharedToken(), losses, shared_token())
+
+
+class Deduplicates(SharedToken):
+    """Divides by the number of equal sequences in the batch: no two example rows are equal."""
+
+    def forward(self, ids: Tensor) -> Any:
+        copies = (ids[:, None] == ids[None]).all(-1).sum(1)
+        return self.head(self.embed(ids).mean(1) / copies[:, None])
+
+
+def test_a_model_that_looks_for_equal_rows_is_refused_though_no_example_rows_are_equal() -> None:
+    assert "does not mean the same sample by sample" in refusal(Deduplicates(), losses, shared_token())
 
 
 def test_a_model_that_does_not_take_rows_made_of_others_is_judged_by_the_rows_it_was_given() -> None:
