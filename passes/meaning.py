@@ -43,7 +43,8 @@ def check_meaning(joint: JointGraph) -> JointGraph:
         if SILENT in kinds:
             raise CompileRefused(
                 "The gradients of all trainables are zero for every row of example_batch, so it cannot show whether "
-                "samples mix. Give rows from which something is learned (labels that the loss does not leave out)."
+                "samples mix. Give rows from which something is learned: labels that the loss does not leave out, and no "
+                "weight of zeros between the trainables and the loss (a new head that is not trained, say)."
             )
         _check_added(joint, probes[::3])
         _check_draws(joint, probes[1])

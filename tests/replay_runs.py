@@ -201,14 +201,14 @@ class Onnx:
             def watch(info: StepInfo, trainer: OrtTrainer = trainer) -> None:
                 backend: Any = trainer.run.backend
                 plain = isinstance(backend, PlainBackend)
-                held = {name: value.copy() for name, value in backend.state.items()} if plain else backend.flat()
+                held = {"theta": backend.flat(), **backend.optimizer_state()} if plain else backend.flat()
                 given = held["m"] if plain else backend.gradient_buffers() / np.float64(world.expected)
                 trace.see(info.step - 1, given, held)
                 if side.follow is None:
                     return
                 held = side.follow.held[info.step - 1]
                 if plain:
-                    backend.state = {name: value.copy() for name, value in held.items()}
+                    backend.restore(held["theta"], {name: value for name, value in held.items() if name != "theta"})
                 else:
                     backend.set_flat(held)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpbitfit_fx.compile import PrivateStep
 from dpbitfit_fx.ort_backends import PlainBackend
+from dpbitfit_fx.ort_device import on_device
 from dpbitfit_fx.passes.clipping import Clipping
 
 ALIGNED = 1  # every record at full norm: what moves a release most
@@ -95,9 +96,9 @@ def doubled_in_onnx(patch: pytest.MonkeyPatch) -> None:
     real = PlainBackend.accumulate
 
     def accumulate(self: PlainBackend, batch: Mapping[str, Any], mask: Any, noise: Any) -> None:
-        before = self.accumulator
+        before = self.gradient_buffers()
         real(self, batch, mask, noise)
-        self.accumulator = before + 2 * (self.accumulator - before)
+        self._accumulator = on_device(before + 2 * (self.gradient_buffers() - before), "cpu")
 
     patch.setattr(PlainBackend, "accumulate", accumulate)
 
