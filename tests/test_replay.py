@@ -136,11 +136,11 @@ def test_the_judge_sees_a_step_that_differs_without_the_record_and_numbers_that_
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been_or_pay() -> None:
-    """Of `fit`; the runner without torch has twenty kills of its own in tests/test_ort_runner.py."""
-    found = kill_many(3, 1, ["fit"])
-    assert found.kills >= 3 and not found.wrong
-    assert set(found.stages["fit"]) <= set(STAGES) and found.ends["fit"].total() >= 2
+def test_a_run_killed_at_a_random_moment_ends_as_if_it_had_not_been_or_pays() -> None:
+    """Of `fit`: the tool's own way of killing; more kills are in test_fit_budget.py and test_ort_runner.py."""
+    found = kill_many(1, 1, ["fit"])
+    assert found.kills >= 1 and not found.wrong
+    assert set(found.stages["fit"]) <= set(STAGES) and found.ends["fit"].total() >= 1
 
 
 def test_a_run_that_ends_elsewhere_or_pays_too_little_is_wrong() -> None:

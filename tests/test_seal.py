@@ -547,7 +547,10 @@ def the_accumulator_also_fed_elsewhere(p: Parts) -> None:
 
 @sabotage("the graph has 2 inputs with the role accumulator")
 def a_second_accumulator(p: Parts) -> None:
-    p.put(p.result, 0, p.add_input("other", Role.ACCUMULATOR))
+    other = p.add_input("other", Role.ACCUMULATOR)
+    p.accumulator.append(other)  # behind the first, where a second of its role would be fed
+    p.inputs.insert([i.role for i in p.inputs].index(Role.ACCUMULATOR) + 1, p.inputs.pop())
+    p.put(p.result, 0, other)
 
 
 @sabotage("accumulation: expected the input accumulator, found")
