@@ -378,8 +378,8 @@ def _declarations() -> dict[str, Any]:
         "label_set_source": "declared",
         "tuning": (
             "epsilon leaves the choice of hyper-parameters out: batch sizes, learning rates, epochs, the two phases and "
-            "which biases are trained were chosen by accuracies measured on this very split, the padded lengths by its sentences; "
-            "docs/tuning.md lists what was tried"
+            "which biases are trained were chosen by accuracies measured on this very split, the padded lengths by its "
+            "sentences; docs/tuning.md lists what was tried"
         ),
         "demo": (
             "the records are public; the tables beside this file also show accuracies on the test split, a majority "
