@@ -526,7 +526,7 @@ def train_in_onnxruntime(step: Any, folder: Path, data: TokenizedText, length: i
 
     manifest = read_manifest(folder)
     backend = load_artifacts(folder, manifest)
-    names = {entry["path"].strip("/").split("/")[-1]: entry["name"] for entry in manifest["batch_inputs"]}
+    names = {entry["path"]: entry["name"] for entry in manifest["batch_inputs"]}
     parameters = dict(step.model.named_parameters())
     mine = [parameters[name] for name in step.trainable_names]
     rate = float(manifest["optimizer"]["lr"])

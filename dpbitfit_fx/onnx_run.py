@@ -54,6 +54,7 @@ from dpbitfit_fx.sampling import PoissonSampler
 
 __all__ = ["RunPhase", "export_run"]
 
+
 @dataclass(frozen=True)
 class RunPhase:
     """One phase of an exported run: ``Phase`` in numbers. Exactly one of `epochs` and `max_steps`.

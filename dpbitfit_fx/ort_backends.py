@@ -173,13 +173,12 @@ class PlainBackend:
         known = values if values is not None else {}
         if values is None:
             known = initial_values(folder, {"parameters": [*manifest["parameters"], *manifest.get("held", [])]})
-        theta, self._held = (
-            on_device(_joined(manifest.get(kind, []), known), device) for kind in ("parameters", "held")
-        )
-        self.state: dict[str, Any] = {"theta": theta}  # OrtValues
+        theta, held = (_joined(manifest.get(kind, []), known) for kind in ("parameters", "held"))
+        start: dict[str, Array] = {"theta": theta}
         if manifest["optimizer"]["type"] == "AdamW":
-            moments = {n: np.zeros(self.size, np.float32) for n in ("m", "v")} | {"t": np.zeros(1, np.int64)}
-            self.state.update({name: on_device(value, device) for name, value in moments.items()})
+            start |= {n: np.zeros(self.size, np.float32) for n in ("m", "v")} | {"t": np.zeros(1, np.int64)}
+        self.state: dict[str, Any] = {name: on_device(value, device) for name, value in start.items()}  # OrtValues
+        self.set_held(held)
         self.begin()
 
     def begin(self) -> None:
@@ -214,9 +213,8 @@ class PlainBackend:
         return {name: numpy_of(value) for name, value in self.state.items() if name != "theta"}
 
     def restore(self, flat: Array, optimizer_state: Mapping[str, Array]) -> None:
-        given = {"theta": flat, **optimizer_state}
-        kept = {name: np.array(given[name], value.numpy().dtype) for name, value in self.state.items()}
-        self.state = {name: on_device(value, self.device) for name, value in kept.items()}
+        given = {"theta": np.asarray(flat, np.float32), **optimizer_state}
+        self.state = {name: on_device(np.array(given[name]), self.device) for name in self.state}
 
 
 def _joined(parameters: Sequence[Mapping[str, Any]], values: Mapping[str, Array]) -> Array:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dpbitfit_fx.errors import ArtifactError
 from dpbitfit_fx.ort_artifacts import WEIGHTS
 
-__all__ = ["DEVICES", "DeviceSession", "check_device", "numpy_of", "open_session", "session_options"]
+__all__ = ["DEVICES", "DeviceSession", "check_device", "numpy_of", "on_device", "open_session", "session_options"]
 
 DEVICES: Final = ("cpu", "cuda")
 

@@ -53,8 +53,9 @@ def check_meaning(joint: JointGraph) -> JointGraph:
 
 def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
     """The probe with its ids and masks recombined; as it is, where there are none or the model does not take them."""
+    assert joint.source is not None
     other = recombined(batch)
-    if other is not None and joint.source is not None:
+    if other is not None:
         try:
             return _compare_probe(joint, other)
         except CompileRefused:

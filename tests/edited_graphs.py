@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fit_cases import mlp, text_loss, text_model
+from fit_cases import mlp, scaled_loss, text_loss, text_model
 from graph_edits import ON_THE_TAIL, Edited, edited
 from torch import Tensor, fx, nn
 
@@ -86,19 +86,14 @@ class Case:
 # -- the graphs that are edited, and the batches they are measured on ---------------------------------------------------
 
 
-def mlp_loss(model: Any, batch: Any) -> Tensor:
-    losses: Tensor = nn.functional.cross_entropy(model(batch["x"]), batch["label"], reduction="none") * batch["weight"]
-    return losses
-
-
 def _records(kind: str, rows: int, seed: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    rest = {"label": torch.randint(0, 2, (rows,), generator=g), "weight": torch.ones(rows)}
+    labels, weights = torch.randint(0, 2, (rows,), generator=g), torch.ones(rows)
     if kind == "mlp":
-        return {"x": torch.randn(rows, 4, generator=g), **rest}
+        return {"x": torch.randn(rows, 4, generator=g), "y": labels, "weight": weights}
     lengths = torch.randint(1, 7, (rows, 1), generator=g)
     ids, mask = torch.randint(1, 20, (rows, 6), generator=g), (torch.arange(6)[None] < lengths).long()
-    return {"input_ids": ids, "attention_mask": mask, **rest}
+    return {"input_ids": ids, "attention_mask": mask, "label": labels, "weight": weights}
 
 
 def _hostile(kind: str) -> list[dict[str, Tensor]]:
@@ -140,7 +135,7 @@ def case(name: str) -> Case:
     data = "mlp" if kind == "mlp" else "text"
     model = mlp() if kind == "mlp" else text_model()
     ghosts: dict[str, Any] = {"trainable": "all", "ghost_norms": True} if kind == "ghosts" else {}
-    loss, example = mlp_loss if kind == "mlp" else text_loss, _records(data, 4, 0)
+    loss, example = scaled_loss if kind == "mlp" else text_loss, _records(data, 4, 0)
     example["weight"] = torch.tensor([1.0, 2.0, 0.5, 1.0])
     step = compile_step(
         model, loss, example, clipping=clipping, noise_multiplier=SIGMA, expected_batch_size=N, **ghosts

@@ -105,6 +105,12 @@ class Draft:
         alike = [n for n in before if n is not like and self.sizes.get(n.name) == size]
         return self.chance.choice(alike if size is not None and alike and self.chance.random() < 0.5 else before)
 
+    def edge(self) -> tuple[fx.Node, Path, fx.Node] | None:
+        """A node to be edited, and one of its inputs with where it stands; None if it has none."""
+        node = self.site()
+        found = node_slots(node)
+        return (node, *self.chance.choice(found)) if found else None
+
     def done(self) -> JointGraph:
         """The edited graph, not compiled: no proof needs that."""
         if not self.keep_dead:
@@ -155,11 +161,9 @@ def swap_inputs(d: Draft) -> str:
 
 
 def rewire(d: Draft) -> str:
-    node = d.site()
-    found = node_slots(node)
-    if not found:
+    if (edge := d.edge()) is None:
         return ""
-    path, old = d.chance.choice(found)
+    node, path, old = edge
     new = d.earlier(node, old)
     put(node, path, new)
     return f"{node}: reads {new} instead of {old}"
@@ -187,11 +191,9 @@ def duplicate(d: Draft) -> str:
 
 
 def insert(d: Draft) -> str:
-    node = d.site()
-    found = node_slots(node)
-    if not found:
+    if (edge := d.edge()) is None:
         return ""
-    path, source = d.chance.choice(found)
+    node, path, source = edge
     if d.chance.random() < 0.2:
         target, args, kwargs = d.chance.choice(WITH_ANOTHER), (d.earlier(node, source),), dict[str, Any]()
     else:

@@ -29,16 +29,6 @@ class Function(nn.Module):
         return self.function(self, h)
 
 
-class MeanInForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return h - h.mean(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad - grad.mean(0)
-
-
 class MeanInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -47,6 +37,12 @@ class MeanInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad - grad.mean(0)
+
+
+class MeanInForward(MeanInBackward):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h - h.mean(0)
 
 
 class SavesTheMean(torch.autograd.Function):
@@ -62,12 +58,8 @@ class SavesTheMean(torch.autograd.Function):
         return grad * (1 + ctx.saved_tensors[0])
 
 
-class Normalized(torch.autograd.Function):
+class Normalized(MeanInBackward):
     """The identity, whose backward divides by the norm of the whole batch's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return h.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

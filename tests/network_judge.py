@@ -45,6 +45,12 @@ def _loss_alone(network: Network, row: int, copies: int) -> Tensor:
     return loss[0] if loss.dim() else loss / copies if network.summed else loss
 
 
+def _own(network: Network, row: int, copies: int, trained: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """The model's own loss and gradient [D] of a row, from a batch of copies of it."""
+    loss = _loss_alone(network, row, copies)
+    return loss.detach(), _flat(torch.autograd.grad(loss, trained, allow_unused=True), trained)
+
+
 def _flat(gradients: Any, like: Any) -> Tensor:
     """One row: the gradients one after the other, zeros where there is none."""
     return torch.cat(
@@ -122,10 +128,9 @@ def _alone(network: Network, row: int, trained: list[nn.Parameter], ours: Tensor
     The size may matter: two equal tokens under ``max`` differ by rounding alone, which the batch's size decides.
     """
     for copies in COPIES:
-        loss = _loss_alone(network, row, copies)
-        theirs = _flat(torch.autograd.grad(loss, trained, allow_unused=True), trained)
+        loss, theirs = _own(network, row, copies, trained)
         if bool((ours - theirs).norm() <= RIGHT * theirs.norm().clamp(min=1e-6)):
-            return loss.detach()
+            return loss
     return None
 
 
@@ -174,10 +179,7 @@ def missed(network: Network, step: dpb.PrivateStep, trained: list[nn.Parameter],
 def _tied(network: Network, trained: list[nn.Parameter]) -> bool:
     """Whether the gradient of a row among copies of itself depends on their number: see :func:`_alone`."""
     for row in range(ROWS):
-        found = [
-            _flat(torch.autograd.grad(_loss_alone(network, row, n), trained, allow_unused=True), trained)
-            for n in COPIES
-        ]
+        found = [_own(network, row, n, trained)[1] for n in COPIES]
         if any(bool((g - found[0]).norm() > RIGHT * found[0].norm().clamp(min=1e-6)) for g in found[2:]):
             return True
     return False

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 from fit_cases import MaskedMean, mlp, scaled_loss, sentences, text_loss, text_model
+from replay_cases import BUCKETS, CLIPPINGS, R
 from torch import Tensor
 
 from dpbitfit_fx.batching import PhysicalBatches
 from dpbitfit_fx.fit import Engine, build_engine
-from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
+from dpbitfit_fx.passes.clipping import Clipping, FlatClipping
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
 
-R = 0.5
-CLIPPINGS = [FlatClipping(R), AutomaticClipping(R), AutoVClipping(R), PerLayerClipping(R)]
-BUCKETS = (4, 8, 12)
 PAIRS = 1000  # per clipping and kind of model: 2,000 pairs for each clipping, and more below
 
 
