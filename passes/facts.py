@@ -131,6 +131,13 @@ def partial(joint: JointGraph) -> None:
     """PARTIAL: the output is a secret accumulator of clipped sums, with no noise yet; only an update may consume it."""
     functional(joint)
     clipped(joint)
+    for node in joint.module.graph.nodes:
+        # The end of whatever is unused. Dtypes are asserted without a reader, and are public.
+        if node.op == "call_function" and not node.users and node.target is not aten._assert_tensor_metadata.default:
+            raise SealBroken(
+                f"The graph computes {node} ({node.target}), which nothing reads: all that it could do is to fail, and "
+                f"whether an operator fails may depend on what one record holds."
+            )
 
 
 def noised(joint: JointGraph) -> None:

@@ -269,6 +269,22 @@ def test_shapes_that_would_broadcast_are_refused(steps: dict[Clipping, PrivateSt
             step.accumulate(points(3), mask, zero)
 
 
+def test_a_loss_of_which_only_the_shape_is_read_is_not_computed() -> None:
+    step = compile_step(mlp(), mlp_loss, (torch.randn(3, 4), torch.tensor([0, 1, 0])), clipping=FlatClipping(R))
+    called = [n.target for n in step.joint.module.graph.nodes]
+    assert torch.ops.aten.gather.default not in called and torch.ops.aten.neg.default not in called, called
+    assert torch.ops.aten._log_softmax.default in called  # its gradient reads that
+    assert torch.ops.aten.ones_like.default not in called and torch.ops.aten.new_ones.default in called
+
+
+def test_a_loss_whose_gradient_reads_it_is_kept() -> None:
+    def exponential(model: Any, batch: Any) -> Tensor:
+        return torch.exp(model(batch["x"]).square().sum(1))
+
+    step = compile_step(TwoLayers(torch.float32), exponential, points(3), clipping=FlatClipping(R))
+    assert torch.ops.aten.exp.default in [n.target for n in step.joint.module.graph.nodes]
+
+
 def test_auto_v_gives_every_gradient_the_length_r_and_a_gradient_of_zero_none(
     steps: dict[Clipping, PrivateStep],
 ) -> None:

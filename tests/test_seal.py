@@ -276,6 +276,12 @@ def the_sum_read_by_a_node_that_leads_nowhere(p: Parts) -> None:
     p.keep_dead = True
 
 
+@sabotage("which nothing reads: all that it could do is to fail")
+def a_look_up_by_what_a_record_holds_that_leads_nowhere(p: Parts) -> None:
+    p.before(p.output, aten.gather.default, p.batch[0], 0, p.batch[0])
+    p.keep_dead = True
+
+
 @sabotage("noise: expected aten.mul.Scalar, found aten.add.Tensor")
 def the_sum_added_to_its_own_noisy_version(p: Parts) -> None:
     p.wrap(p.noisy, p.div, aten.add.Tensor, p.result)
