@@ -24,6 +24,7 @@ __all__ = [
     "LedgerFile",
     "LedgerUser",
     "Overwrite",
+    "ParallelBatches",
     "PhysicalBatchSize",
     "PriorFiles",
     "Resume",
@@ -48,6 +49,7 @@ Trainable = Annotated[
     str | None, typer.Option(help="Name patterns separated by commas; default: bias, and a new head's weight.")
 ]
 PhysicalBatchSize = Annotated[int, typer.Option(help="Rows per forward and backward pass; memory only.")]
+ParallelBatches = Annotated[int, typer.Option(help="Physical batches at once, in threads: faster where they are small.")]
 EvalFile = Annotated[Path | None, typer.Option(help="PUBLIC records of the same form, for accuracy.")]
 PriorFiles = Annotated[list[Path] | None, typer.Option(help="privacy.json of an earlier run on the same records.")]
 LedgerFile = Annotated[Path | None, typer.Option(help="The dataset's ledger: a run beyond its budget does not start.")]

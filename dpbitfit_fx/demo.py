@@ -93,6 +93,7 @@ class Recipe:
     epochs: float = 8.0
     expected_batch_size: int = 512
     physical_batch_size: int = 16
+    parallel_batches: int = 4  # at most, and never more than torch has threads
     biases: tuple[str, ...] = ("*embeddings.LayerNorm.bias", "*layer.[0-4].*LayerNorm.bias", "*layer.[0-4].*value.bias")
     bias_rate: float = 1e-2
     head_rate: float = 2.5e-3
@@ -327,6 +328,8 @@ def private_run(
     seed: int | None = None,
 ) -> tuple[FitResult, float]:
     """DP-BiTFiT on the tokenised records; the result and the seconds of an epoch."""
+    import torch
+
     from dpbitfit_fx.clipping import AutomaticClipping
     from dpbitfit_fx.fit import fit
     from dpbitfit_fx.huggingface import text_loss
@@ -345,6 +348,7 @@ def private_run(
         target_delta=DELTA,
         phases=phases,
         physical_batch_size=recipe.physical_batch_size,
+        parallel_batches=min(recipe.parallel_batches, torch.get_num_threads()),
         clipping=AutomaticClipping(max_grad_norm=1.0),
         precision=precision(),
         padded_lengths={"input_ids": PADDED_LENGTHS, "attention_mask": PADDED_LENGTHS},

@@ -19,6 +19,7 @@ from dpbitfit_fx.batching import (
     load_item,
 )
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
+from dpbitfit_fx.parallel import check_parallel, parallel_sum
 from dpbitfit_fx.passes.clipping import Clipping
 from dpbitfit_fx.passes.torch_private import leaf_names
 from dpbitfit_fx.randomness import SecretKey, stream
@@ -38,18 +39,26 @@ class Engine:
             trainables in the same order; the first has noise.
         batches: turns rows into physical batches.
         sampler: draws over all records that are really there.
+        parallel_batches: how many physical batches are computed at once, each on its share of torch's threads.
 
     Guarantee: `clipped_sum(rows)` changes by at most max_grad_norm (L2, in real numbers) when one row is added or
     removed; `private_gradient` adds noise exactly once, whatever the number of physical batches, none included.
     """
 
-    def __init__(self, compiled: Sequence[PrivateStep], batches: PhysicalBatches, sampler: PoissonSampler) -> None:
+    def __init__(
+        self,
+        compiled: Sequence[PrivateStep],
+        batches: PhysicalBatches,
+        sampler: PoissonSampler,
+        parallel_batches: int = 1,
+    ) -> None:
         first = compiled[0]
         if any(step.trainable_names != first.trainable_names for step in compiled):
             raise DataError("The step compiled for one padded length trains other parameters than for another.")
         self.compiled = tuple(compiled)
         self.batches = batches
         self.sampler = sampler
+        self.parallel_batches = check_parallel(parallel_batches, first.backend, first.device)
 
     @property
     def update(self) -> PrivateStep:
@@ -58,8 +67,11 @@ class Engine:
     def clipped_sum(self, rows: Sequence[int], secret: bytes = bytes(32)) -> torch.Tensor:
         """The clipped sum over `rows`, flat, [D]. Private: only noise may follow."""
         with global_random_state_kept(), torch.no_grad():
-            accumulator = self.update.zero_accumulator()
-            for batch in self.batches.split(rows, secret):
+            batches, zero = self.batches.split(rows, secret), self.update.zero_accumulator
+            if self.parallel_batches > 1:
+                return parallel_sum(batches, lambda b, acc: self._accumulate(b, acc, secret), zero, self.parallel_batches)
+            accumulator = zero()
+            for batch in batches:
                 accumulator = self._accumulate(batch, accumulator, secret)
             return accumulator
 
@@ -115,6 +127,7 @@ def build_engine(
     expected_batch_size: float,
     *,
     physical_batch_size: int | Sequence[int] = 32,
+    parallel_batches: int = 1,
     trainable: str | Sequence[str] = "bias",
     exclude: str | Sequence[str] = (),
     add_bias: bool = False,
@@ -177,7 +190,7 @@ def build_engine(
         mask_dtype=steps[0].dtype,
         device=device,
     )
-    return Engine(steps, batches, sampler)
+    return Engine(steps, batches, sampler, parallel_batches)
 
 
 def one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[..., PrivateStep]) -> PrivateStep | None:

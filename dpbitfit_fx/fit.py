@@ -87,6 +87,7 @@ def fit(
     phases: Sequence[Phase] | None = None,
     expected_batch_size: float = 256,
     physical_batch_size: int | Sequence[int] = 32,
+    parallel_batches: int = 1,
     trainable: str | Sequence[str] = "bias",
     exclude: str | Sequence[str] = (),
     add_bias: bool = False,
@@ -131,6 +132,8 @@ def fit(
             from these arguments. biases.safetensors then holds every parameter that any phase trained.
         expected_batch_size: of a Poisson draw, in records; sample_rate is this divided by N. The public denominator.
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
+        parallel_batches: physical batches computed at once, each on its share of torch's threads: faster where they are small
+            (CPU and backend="eager" only), for the memory of so many. Sums are the same but for rounding.
         trainable, exclude, add_bias, clipping, backend, precision: as in `compile`. Default clipping: AutomaticClipping(1.0).
             Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
@@ -241,6 +244,7 @@ def fit(
                         sigma,
                         sampler.expected_batch_size,
                         physical_batch_size=physical_batch_size,
+                        parallel_batches=parallel_batches,
                         trainable=phase.trainable,
                         exclude=phase.exclude,
                         add_bias=add_bias,
@@ -319,6 +323,7 @@ def fit(
                     "threads": torch.get_num_threads(),
                     "layout": [repr(leaf) for leaf in first.batches.layout.leaves],
                     "physical_batch_size": list(first.batches.sizes),
+                    "parallel_batches": parallel_batches,
                     "insecure": insecure_seed_for_tests is not None,
                 },
                 store=store,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -95,6 +96,7 @@ class _Packed:
 
 
 # Steps compiled for several padded lengths of one model share its packed weights; gone when the last step is.
+_PACKING = threading.Lock()  # parallel batches meet a stale pack at the same time
 _SHARED: weakref.WeakValueDictionary[tuple[Any, ...], _Packed] = weakref.WeakValueDictionary()
 
 
@@ -143,8 +145,9 @@ class Lowered:
         held = self._held.get(item.target)
         if held is None or not held.fresh(sources):
             key = (tuple(map(id, sources)), item.module.code, item.dtype)
-            held = _SHARED.get(key)
-            if held is None or not held.fresh(sources):
-                held = _SHARED[key] = _Packed(item, self.joint.state)
+            with _PACKING:
+                held = _SHARED.get(key)
+                if held is None or not held.fresh(sources):
+                    held = _SHARED[key] = _Packed(item, self.joint.state)
             self._held[item.target] = held
         return held.tensor

@@ -51,7 +51,8 @@ def clip(joint: JointGraph) -> JointGraph:
         mask = graph.placeholder("sample_mask")
     with graph.inserting_after(mask):
         accumulator = graph.placeholder("accumulator")
-    _forget(graph, output.args[0][0], graph.find_nodes(op="placeholder", sort=True), joint)  # type: ignore[index]
+    loss: Any = output.args[0][0]  # type: ignore[index]
+    _forget(graph, loss, joint)
     with graph.inserting_before(output):
         total = _Tail(graph, joint, clipping, layers).build(gradients, mask)
         output.args = ((graph.call_function(aten.add.Tensor, (accumulator, total)),),)
@@ -63,10 +64,10 @@ def clip(joint: JointGraph) -> JointGraph:
     return dataclasses.replace(joint, module=finish(graph), inputs=inputs)
 
 
-def _forget(graph: fx.Graph, loss: fx.Node, placeholders: list[fx.Node], joint: JointGraph) -> None:
+def _forget(graph: fx.Graph, loss: fx.Node, joint: JointGraph) -> None:
     """The cotangent ``ones_like(loss) [B]`` reads the loss for its shape alone: as ones of the batch's size it lets the loss
     die with its output. Nothing is computed of a record that is not summed, so nothing else can fail on what it holds."""
-    batch = next(n for n in placeholders if n.name == joint.with_role(Role.BATCH)[0].name)
+    batch = next(n for n in graph.find_nodes(op="placeholder") if n.name == joint.with_role(Role.BATCH)[0].name)
     for reader in list(loss.users):
         if reader.target is aten.ones_like.default and "dtype" in loss.meta:
             with graph.inserting_before(reader):

@@ -172,6 +172,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "learning rate": {"learning_rate": 0.05},
     "optimizer": {"optimizer": torch.optim.AdamW},
     "physical batch size": {"physical_batch_size": 5},
+    "parallel batches": {"parallel_batches": 2},
     "schedule": {"lr_schedule": lambda step: 0.5},
     "data": {"dataset": changed_rows()},
 }
