@@ -21,7 +21,7 @@ from dpbitfit_fx.batching import (
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
 from dpbitfit_fx.parallel import check_parallel, parallel_sum
 from dpbitfit_fx.passes.clipping import Clipping
-from dpbitfit_fx.passes.torch_private import leaf_names
+from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -69,7 +69,9 @@ class Engine:
         with global_random_state_kept(), torch.no_grad():
             batches, zero = self.batches.split(rows, secret), self.update.zero_accumulator
             if self.parallel_batches > 1:
-                return parallel_sum(batches, lambda b, acc: self._accumulate(b, acc, secret), zero, self.parallel_batches)
+                return parallel_sum(
+                    batches, lambda b, acc: self._accumulate(b, acc, secret), zero, self.parallel_batches, _elements
+                )
             accumulator = zero()
             for batch in batches:
                 accumulator = self._accumulate(batch, accumulator, secret)
@@ -116,6 +118,11 @@ class Engine:
                 f"model's classes or a token id outside its vocabulary. The message is withheld because it may quote "
                 f"the record; run the loss on that row alone to see it."
             ) from None
+
+
+def _elements(batch: PhysicalBatch) -> float:
+    """About what a physical batch costs: one shape is as dear as its padded length."""
+    return float(sum(x.numel() for x in tree_flatten(batch.batch)[0] if isinstance(x, torch.Tensor)))
 
 
 def build_engine(

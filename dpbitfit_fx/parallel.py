@@ -38,15 +38,17 @@ def parallel_sum(
     accumulate: Callable[[Batch, torch.Tensor], torch.Tensor],
     zero: Callable[[], torch.Tensor],
     count: int,
+    cost: Callable[[Batch], float] = lambda batch: 1.0,
 ) -> torch.Tensor:
     """The sum [D] over all batches, `count` of them at once, each on its share of torch's threads.
 
-    Batch i is added to sum i mod `count`, and the sums are added in their order: the same batches give the same bits. The batches
-    are made one after the other by the caller's thread; at most twice `count` of them exist. An error in one ends them all.
+    A batch goes to the thread whose batches so far cost least, by the public `cost`, and the threads' sums are added in their
+    order: the same batches give the same bits. The batches are made one after the other by the caller's thread; at most twice
+    `count` of them exist. An error in one ends them all.
     """
     threads = torch.get_num_threads()
     share = max(1, threads // count)
-    sums = [zero() for _ in range(count)]
+    sums, costs = [zero() for _ in range(count)], [0.0] * count
 
     def add(batch: Batch, at: int) -> None:
         with torch.no_grad():
@@ -57,10 +59,12 @@ def parallel_sum(
         lanes = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(share,)) for _ in range(count)]
         try:
             pending: deque[Future[None]] = deque()
-            for number, batch in enumerate(batches):
+            for batch in batches:
                 if len(pending) == 2 * count:
                     pending.popleft().result()
-                pending.append(lanes[number % count].submit(add, batch, number % count))
+                at = costs.index(min(costs))
+                costs[at] += cost(batch)
+                pending.append(lanes[at].submit(add, batch, at))
             for future in pending:
                 future.result()
         finally:
