@@ -79,8 +79,11 @@ class Engine:
 
     def drawn_sum(self, key: SecretKey, step: int) -> torch.Tensor:
         """The clipped sum of the Poisson draw of `step`; replays bit for bit for the same key, step and parameters."""
-        rows = self.sampler.draw(key, step).tolist()
-        return self.clipped_sum(rows, stream(key, "records", step).bytes(32))
+        return self.clipped_sum(*self.drawn(key, step))
+
+    def drawn(self, key: SecretKey, step: int) -> tuple[list[int], bytes]:
+        """The records of the Poisson draw of `step`, and what their loading is seeded with. Private, both."""
+        return self.sampler.draw(key, step).tolist(), stream(key, "records", step).bytes(32)
 
     def private_gradient(self, key: SecretKey, step: int, accumulator: torch.Tensor) -> dict[str, torch.Tensor]:
         """(clipped sum + sigma R z) / expected batch size, by parameter name. May be released."""

@@ -29,6 +29,10 @@ class CheckpointError(DPBitFitError):
     """A checkpoint cannot be resumed from; nothing was changed."""
 
 
+class RankError(DPBitFitError):
+    """Another process of the run stopped, died or disagrees; all of them stop, and rank 0's checkpoint is whole."""
+
+
 __all__ = [
     "ArtifactError",
     "CheckpointError",
@@ -39,5 +43,6 @@ __all__ = [
     "PassError",
     "PrivacyError",
     "PrivacyWarning",
+    "RankError",
     "SealBroken",
 ]

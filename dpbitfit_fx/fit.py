@@ -41,9 +41,10 @@ from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, set
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
-from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, mechanism_ids, new_run_id
+from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, library_versions, mechanism_ids, new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.ranks import Ranks, records_digest, together
 from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
 from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.sampling import PoissonSampler
@@ -52,6 +53,7 @@ from dpbitfit_fx.training_run import Stage, TrainingRun, frozen_digest
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
 _CHECKPOINT_EVERY = 50
+_SHARED = ("backend", "precision", "layout", "physical_batch_size")  # of the fingerprint: what all ranks have alike
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class FitResult:
     charged_steps: int = 0
 
 
+@together
 def fit(
+    ranks: Ranks,
     model: nn.Module,
     loss_fn: Callable[[Any, Any], torch.Tensor],
     dataset: MapDataset,
@@ -119,6 +123,12 @@ def fit(
     insecure_seed_for_tests: int | None = None,
 ) -> FitResult:
     """Trains `model` in place with differential privacy, and says what it cost.
+
+    Called in every process of an initialised default group of torch.distributed (`torchrun`), it is one run of them all, the
+    same as one process's to float rounding. Rank 0 alone has the key, adds noise, steps the optimizer, reads and writes files,
+    spends, and calls `eval_fn` and callbacks; its parameters go to all, and all return its result. The others compute their
+    share of each step's records, so model, records and arguments have to be the same everywhere; the group's timeout has to be
+    longer than an evaluation. Whatever stops one process stops all.
 
     Args:
         model: any nn.Module; only the chosen parameters change. It keeps its modes, flags and class.
@@ -176,13 +186,14 @@ def fit(
     Raises:
         PrivacyError, DataError, ArtifactError, CheckpointError, CompileRefused: before any budget is spent wherever the
         cause can be seen by then. Interrupted at any moment, the same call continues from output_dir.
+        RankError: another process stopped, died or disagrees.
     """
     if (target_epsilon is None) == (noise_multiplier is None):
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
     average_from = check_average_from(average_from)
-    account = RunAccount(ledger)
+    account = RunAccount(ledger if ranks.first else None)
     records = _dataset_length(dataset)
     check_distinct(dataset)
     size = records if dataset_size is None else dataset_size
@@ -202,7 +213,7 @@ def fit(
     samplers = [_sampler(phase, size, index, len(plan)) for index, phase in enumerate(plan)]
     delta = check_target_delta(_default_delta(size) if target_delta is None else target_delta, size)
 
-    folder = None if output_dir is None else ensure_output_folder(output_dir)
+    folder = None if output_dir is None or not ranks.first else ensure_output_folder(output_dir)
     store = None if folder is None else CheckpointStore(folder / CHECKPOINT)
     found: dict[str, PrivacyStatement] = {}
     if folder is not None and store is not None:
@@ -214,21 +225,23 @@ def fit(
             found = statements_in(folder, store)
             account.settle_given_up(folder, found.values(), store.run_id if store.exists else None)
             prior = [*earlier, *found.values()]
-        runs = resolve_prior(prior)
         sigma = noise_multiplier
-        if sigma is None:
-            assert target_epsilon is not None
-            with naming_statements(folder, found):
-                sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
-        # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
-        epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
-        run_id = new_run_id()
-        own = store.run_id if store is not None and store.exists else run_id
-        planned = [
-            PriorRun(name, sampler.sample_rate, sigma, sampler.steps)
-            for name, sampler in zip(mechanism_ids(own, len(plan)), samplers, strict=True)
-        ]
-        account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
+        if ranks.first:
+            runs = resolve_prior(prior)
+            if sigma is None:
+                assert target_epsilon is not None
+                with naming_statements(folder, found):
+                    sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
+            # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
+            epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+            run_id = new_run_id()
+            own = store.run_id if store is not None and store.exists else run_id
+            planned = [
+                PriorRun(name, sampler.sample_rate, sigma, sampler.steps)
+                for name, sampler in zip(mechanism_ids(own, len(plan)), samplers, strict=True)
+            ]
+            account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
+        sigma = ranks.settle(sigma)
 
         with _model_as_found(model), contextlib.ExitStack() as undo:
 
@@ -271,11 +284,43 @@ def fit(
                     if not stages:
                         check_rows(engine.batches)
                     stages.append(_stage(phase, engine, samplers[index]))
+            first, last = stages[0].engine, stages[-1].record
+            trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
+            fingerprint = {
+                "frozen": "" if store is None and not ranks.several else frozen_digest(model, set(trained)),
+                "backend": backend,
+                "precision": precision,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "layout": [repr(leaf) for leaf in first.batches.layout.leaves],
+                "physical_batch_size": list(first.batches.sizes),
+                "parallel_batches": parallel_batches,
+                "insecure": insecure_seed_for_tests is not None,
+            }
+            asked = [target_epsilon, noise_multiplier, delta, [sampler.to_dict() for sampler in samplers]]
+
+            def described() -> dict[str, Any]:
+                return {
+                    "the versions of the packages": library_versions(),
+                    "the privacy plan": [*asked, [stage.record for stage in stages]],
+                    "the compiled step and its optimizer": [stage.fingerprint for stage in stages],
+                    "the shapes and the backend": [fingerprint[n] for n in _SHARED],
+                    "the frozen weights": fingerprint["frozen"],
+                    "the number of records": records,
+                    "the records": records_digest(first.batches),
+                }
+
+            def begin() -> None:
+                first.update.apply_added_biases()
+                undo.pop_all()
+
+            fingerprint |= ranks.compare(described)
+            if not ranks.first:
+                told = ranks.help([stage.engine for stage in stages], trained, begin)
+                return _told(told, model, sigma)
             seed = insecure_seed_for_tests
             key = SecretKey() if seed is None else SecretKey.insecure_for_tests(seed)
-            first, last = stages[0].engine, stages[-1].record
             dropped = any(step.dropout for stage in stages for step in stage.engine.compiled)
-            trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
             statement_fields = {
                 "run_id": run_id,
                 "delta": delta,
@@ -288,7 +333,9 @@ def fit(
                 "dataset_size_assumed_public": dataset_size is None,
                 "tuning_covered": tuning_covered,
                 "insecure": key.insecure,
-                "backend": f"pytorch {backend}" + ("" if precision == "float32" else f", {precision}"),
+                "backend": f"pytorch {backend}"
+                + ("" if precision == "float32" else f", {precision}")
+                + (f", {ranks.count} ranks" if ranks.several else ""),
                 "public_declarations": {
                     **(public_declarations or {}),
                     "target_epsilon": target_epsilon,
@@ -315,20 +362,11 @@ def fit(
                     "shortened": target_epsilon is not None,
                     "statement": statement_fields,
                 },
-                fingerprint={
-                    "frozen": "" if store is None else frozen_digest(model, set(trained)),
-                    "backend": backend,
-                    "precision": precision,
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "layout": [repr(leaf) for leaf in first.batches.layout.leaves],
-                    "physical_batch_size": list(first.batches.sizes),
-                    "parallel_batches": parallel_batches,
-                    "insecure": insecure_seed_for_tests is not None,
-                },
+                fingerprint=fingerprint,
                 store=store,
                 checkpoint_every=checkpoint_every,
                 account=account,
+                ranks=ranks,
                 average_from=average_from,
             )
             resumed = store is not None and store.exists
@@ -345,8 +383,7 @@ def fit(
                     raise
                 own = run.mechanism["statement"]["run_id"]
                 warn_of_earlier_runs(dataset, own, {base_id(run.run_id) for run in runs})
-                first.update.apply_added_biases()
-                undo.pop_all()
+                begin()
                 _train(run, model, eval_fn, callbacks, progress)
 
         run.save()
@@ -364,10 +401,27 @@ def fit(
             store.erase()
         run.key.erase()
         lost = sum(run.ledger.charged)
-        return FitResult(model, statement.epsilon, delta, sigma, run.step, run.history, folder, statement, lost)
+        result = FitResult(model, statement.epsilon, delta, sigma, run.step, run.history, folder, statement, lost)
+        ranks.finish(_telling(result), run.trainables)
+        return result
     finally:
         if store is not None:
             store.close()
+
+
+def _telling(result: FitResult) -> dict[str, Any]:
+    """What the other ranks are told of rank 0's result, as JSON."""
+    told = {name: getattr(result, name) for name in ("steps", "history", "charged_steps")}
+    folder = None if result.output_dir is None else str(result.output_dir)
+    return told | {"statement": result.statement.to_json(), "output_dir": folder}
+
+
+def _told(content: dict[str, Any], model: nn.Module, sigma: float) -> FitResult:
+    """The same result, of the model as this rank has it."""
+    statement = PrivacyStatement.from_json(content.pop("statement"))
+    folder = content.pop("output_dir")
+    where = None if folder is None else Path(folder)
+    return FitResult(model, statement.epsilon, statement.delta, sigma, output_dir=where, statement=statement, **content)
 
 
 def _sampler(phase: Phase, size: int, index: int, count: int) -> PoissonSampler:
@@ -489,7 +543,7 @@ def _train(
         raise _interrupted(run) from None
     except Exception:
         if run.store is None and run.begun:
-            warnings.warn(_spent(run.statement_so_far()) + _NOT_SAVED, PrivacyWarning, stacklevel=3)
+            warnings.warn(_spent(run.statement_so_far()) + _NOT_SAVED, PrivacyWarning, stacklevel=4)
         raise
     finally:
         bar.close()

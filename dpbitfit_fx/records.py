@@ -108,5 +108,5 @@ def warn_of_earlier_runs(dataset: Any, run_id: str, counted: Collection[str]) ->
             f"prior=[earlier_result.statement] (or its privacy.json), and the epsilon stated here covers both. A run that "
             f"is never released or used to choose another may be left out.",
             PrivacyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

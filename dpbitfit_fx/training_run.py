@@ -19,6 +19,7 @@ from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import SecretKey
+from dpbitfit_fx.ranks import Ranks
 from dpbitfit_fx.run_account import RunAccount, besides
 from dpbitfit_fx.run_statement import comparable, go_on_as, ledger_of, make_statement, statement_of_stopped
 from dpbitfit_fx.sampling import PoissonSampler
@@ -57,9 +58,10 @@ class TrainingRun:
         store: CheckpointStore | None,
         checkpoint_every: int,
         account: RunAccount,
+        ranks: Ranks,
         average_from: float | None = None,
     ) -> None:
-        self.stages, self.account = tuple(stages), account
+        self.stages, self.account, self.ranks = tuple(stages), account, ranks
         self.key, self.store, self.checkpoint_every = key, store, checkpoint_every
         phases = [{"sampler": stage.sampler.to_dict(), "record": stage.record} for stage in stages]
         self.mechanism = account.named(mechanism | {"phases": phases})
@@ -116,7 +118,7 @@ class TrainingRun:
         self.account.require()
         self._settle()
         engine = self.stage.engine
-        accumulator = engine.drawn_sum(self.key, self.step)
+        accumulator = self.ranks.drawn_sum(engine, self.key, self.step, self.phase, self.trainables)
         if self.step in self.pending and self.pending[self.step] != sum_digest(self.key, self.step, accumulator):
             self.charge(max(self.pending) + 1 - self.step)
             return

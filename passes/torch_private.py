@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -201,3 +202,10 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
     """``[C, K]`` float32 or bfloat16 in oneDNN's layout for many rows, an opaque tensor that only :data:`LINEAR` reads."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return packed
+
+
+def default_group_timeout() -> timedelta:
+    """How long the default process group of torch.distributed waits, as its creator said."""
+    group: Any = torch.distributed.group.WORLD
+    found: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return found
