@@ -102,6 +102,7 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A local Hugging Face model directory (safetensors).")],
     data: Annotated[Path, typer.Argument(help="Private records: .csv, .tsv or .jsonl.")],
     output: Annotated[Path, typer.Option(help="Receives biases.safetensors, privacy.json and summary.md.")],
@@ -138,7 +139,7 @@ def train(
     overwrite: Overwrite = False,
     tuning_covered: TuningCovered = False,
 ) -> None:
-    """Train the biases of a model on private labelled text."""
+    """Train the biases of a model on private labelled text; in all processes that torchrun starts, as one run."""
     from dpbitfit_fx.accounting import format_epsilon
     from dpbitfit_fx.data import parse_lengths, read_table
     from dpbitfit_fx.files import ensure_output_folder
@@ -160,9 +161,11 @@ def train(
     with _busy("loading the model"):
         from dpbitfit_fx.fit import fit
         from dpbitfit_fx.huggingface import accuracy, default_trainable, load_classifier, load_tokenizer, text_loss
+        from dpbitfit_fx.ranks import torchrun_group
 
         tokenizer = load_tokenizer(model)
         network = load_classifier(model, len(table.label_set))
+    first = context.with_resource(torchrun_group())
     chosen = patterns or default_trainable(network)
     pad = tokenizer.pad_token_id or 0
     records = _tokenised(table, tokenizer, lengths[-1], "tokenising")
@@ -195,6 +198,8 @@ def train(
         tuning_covered=tuning_covered,
         public_declarations={**table.public_declarations(), "padded_lengths_source": "declared; longer texts are cut"},
     )
+    if not first:
+        return
     from dpbitfit_fx.files import atomic_write_text
 
     described = {

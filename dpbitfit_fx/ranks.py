@@ -123,7 +123,7 @@ class Ranks:
         phase: int = 0,
         trainables: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """As ``Engine.drawn_sum``, computed by all ranks: rank r takes the records r, r + W, r + 2 W, … of the draw.
+        """As ``Engine.drawn_sum``, computed by all ranks, each on its share of the draw.
 
         trainables: of all phases; sent whole at the first step of a phase, after that only what `engine` trains is.
         """
@@ -132,13 +132,17 @@ class Ranks:
         rows, secret = engine.drawn(key, step)
         values = engine.update.parameters() if phase == self._phase else trainables or {}
         for rank in self._peers:
-            share = torch.tensor(rows[rank :: self.count], dtype=torch.int64)
+            share = torch.tensor(self.share(rows, rank), dtype=torch.int64)
             self._send(rank, {"phase": phase, "secret": secret.hex()}, {"rows": share, **_named(values)})
         self._phase = phase
-        total = engine.clipped_sum(rows[:: self.count], secret)
+        total = engine.clipped_sum(self.share(rows, 0), secret)
         for rank in self._peers:
             total = total + self._receive(rank)[1]["sum"].to(total.device)
         return total
+
+    def share(self, rows: Sequence[int], rank: int) -> Sequence[int]:
+        """The records that a rank takes: each is in one share, and no share has two more than another."""
+        return rows[rank :: self.count]
 
     def help(
         self, engines: Sequence[Engine], trainables: Mapping[str, torch.Tensor], begin: Callable[[], None]

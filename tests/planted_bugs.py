@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import dpbitfit_fx.checkpoint as checkpoint
@@ -27,6 +28,7 @@ from dpbitfit_fx.passes import capture, clip, one_sample
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role, copy_graph, finish
 from dpbitfit_fx.passes.pipeline import PIPELINE, RELEASE, Pass
 from dpbitfit_fx.randomness import SecretKey, Stream
+from dpbitfit_fx.ranks import Ranks
 from dpbitfit_fx.training_run import TrainingRun
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -456,6 +458,12 @@ def noise_fitted_to_the_sum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "private_gradient", private_gradient)
 
 
+@planted("replay (ranks)", "dpbitfit_fx/ranks.py")
+def every_rank_takes_the_whole_draw(patch: pytest.MonkeyPatch) -> None:
+    """The draw is not shared among the processes: each computes all of it, and the sum holds every record once a process."""
+    patch.setattr(Ranks, "share", lambda self, rows, rank: rows)
+
+
 @planted("replay (texts)", "dpbitfit_fx/batching.py")
 def padding_to_the_longest_of_the_draw(patch: pytest.MonkeyPatch) -> None:
     """All texts are padded to the longest one drawn, so it changes the rows of the others."""
@@ -630,6 +638,39 @@ def truncated_draws(patch: pytest.MonkeyPatch) -> None:
     """A draw that is larger than a physical batch is cut."""
     real = PhysicalBatches.split
     patch.setattr(PhysicalBatches, "split", lambda self, rows, secret: real(self, list(rows)[: self.sizes[0]], secret))
+
+
+@planted("statistics (ranks)", "dpbitfit_fx/ranks.py")
+def noise_per_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each of W processes adds noise of scale sigma R / W to its own sum, as it would to a mean: together sigma R / sqrt(W)."""
+    real, release = Engine.clipped_sum, Engine.private_gradient
+
+    def clipped_sum(self: Engine, rows: Any, secret: bytes = bytes(32)) -> Tensor:
+        update, purpose = self.update, f"noise of rank {dist.get_rank()}"
+        assert update.noise_multiplier is not None
+        normals = torch.from_numpy(
+            RANDOMNESS.stream(SecretKey.from_bytes(secret), purpose, 0).normal(update.num_trainable)
+        )
+        scale = update.noise_multiplier * update.max_grad_norm / dist.get_world_size()
+        return real(self, rows, secret) + (scale * normals).to(update.dtype)
+
+    def private_gradient(self: Engine, key: SecretKey, step: int, acc: Tensor) -> dict[str, Tensor]:
+        noise = release(self, key, step, torch.zeros_like(acc))
+        return {name: value - noise[name] for name, value in release(self, key, step, acc).items()}
+
+    patch.setattr(Engine, "clipped_sum", clipped_sum)
+    patch.setattr(Engine, "private_gradient", private_gradient)
+
+
+@planted("statistics (ranks)", "dpbitfit_fx/sampling.py")
+def seeds_shared_by_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Each of four shards of the records is sampled with the same coins: four records are always drawn together."""
+
+    def draw(self: Any, key: SecretKey, step: int) -> Any:
+        coins = RANDOMNESS.stream(key, "poisson sample", step).uniform(self.dataset_size // 4)
+        return np.flatnonzero(np.resize(coins, self.dataset_size) < self.sample_rate)
+
+    _draws(patch, draw)
 
 
 # -- epsilon: closed forms -----------------------------------------------------------------------------------------------

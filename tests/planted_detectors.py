@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from fit_cases import Crash, biases, crash_at, mlp, mlp_loss, run, text_loss, text_model
+from rank_cases import of_rank_0, together
 from scipy import optimize, stats
 from torch import Tensor, nn
 
@@ -146,13 +147,22 @@ def _releases(rows: list[dict[str, Any]], seed: int) -> list[Tensor]:
 
 def replay() -> str | None:
     """Through the whole of `fit`: with and without one record, no release moves by more than R / denominator."""
+    return _replayed(_releases)
+
+
+def _replayed(releases: Callable[[list[dict[str, Any]], int], list[Tensor]]) -> str | None:
     rows = _neighbours()
-    whole, without = _releases(rows, 3), _releases(rows[:-1], 3)
+    whole, without = releases(rows, 3), releases(rows[:-1], 3)
     if len(whole) != len(without):
         return f"{len(whole)} and {len(without)} steps are released"
     largest = max(float((a - b).norm()) for a, b in zip(whole, without, strict=True)) * BATCH / R
     assert largest > 0.5, "the record must be drawn, or the replay replays nothing"
     return f"a release moves by {largest:.2f} R" if largest > 1 + 1e-5 else None
+
+
+def replay_of_ranks() -> str | None:
+    """The same of two processes."""
+    return _replayed(lambda rows, seed: of_rank_0(2, lambda: _releases(rows, seed)))
 
 
 def replay_of_texts() -> str | None:
@@ -212,7 +222,7 @@ SIGMA, DRAWN, STEPS, ROWS = 1.3, 20.0, 30, 40
 
 
 class Watched:
-    """Silent records (gradients of exactly zero), and who was read in which step."""
+    """Silent records (gradients of exactly zero), and who was read in which step, by this process."""
 
     def __init__(self, count: int) -> None:
         self.count, self.step = count, -1
@@ -228,23 +238,20 @@ class Watched:
 
 
 def _watched(expected: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(noise [T, D] in units of sigma R, draws [T, N]) of a run on silent records."""
+    """(noise [T, D] in units of sigma R, draws [T, N]) of a run on silent records; a rank that only helps sees no noise."""
     rows, model, noise = Watched(ROWS), Offset(), []
 
     def watch(info: Any) -> None:
-        rows.step = info.step
         assert model.bias.grad is not None
         noise.append(model.bias.grad.double().numpy() * expected / (SIGMA * R))
 
-    import dpbitfit_fx.training_run as training_run
+    real = Engine.clipped_sum
 
-    begin = training_run.TrainingRun.advance
+    def clipped_sum(self: Engine, drawn: Sequence[int], secret: bytes = bytes(32)) -> Tensor:
+        rows.step += 1
+        return real(self, drawn, secret)
 
-    def advance(self: Any) -> None:
-        rows.step = self.step
-        begin(self)
-
-    training_run.TrainingRun.advance = advance  # type: ignore[method-assign]
+    Engine.clipped_sum = clipped_sum  # type: ignore[method-assign, assignment]
     try:
         fit_run(
             model,
@@ -262,8 +269,8 @@ def _watched(expected: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
             insecure_seed_for_tests=5,
         )
     finally:
-        training_run.TrainingRun.advance = begin  # type: ignore[method-assign]
-    return np.stack(noise), rows.member
+        Engine.clipped_sum = real  # type: ignore[method-assign]
+    return np.array(noise), rows.member
 
 
 def _of_noise(noise: np.ndarray[Any, Any]) -> str | None:
@@ -278,7 +285,16 @@ def _of_noise(noise: np.ndarray[Any, Any]) -> str | None:
 
 def statistics() -> str | None:
     """One noise of scale sigma R at each step, independent of the others; every record drawn alike, by its own coin."""
-    noise, member = _watched(DRAWN)
+    return _of_noise_and_draws(*_watched(DRAWN))
+
+
+def statistics_of_ranks() -> str | None:
+    """The same of two processes: the noise of what is released, and the records that any of them read."""
+    both = together(2, lambda rank: _watched(DRAWN))
+    return _of_noise_and_draws(both[0].value[0], both[0].value[1] + both[1].value[1])
+
+
+def _of_noise_and_draws(noise: np.ndarray[Any, Any], member: np.ndarray[Any, Any]) -> str | None:
     found = _of_noise(noise)
     if found is not None:
         return found
@@ -354,10 +370,12 @@ DETECTORS: dict[str, Detector] = {
     "perturbation (BatchNorm)": batch_statistics,
     "seal (ONNX)": export,
     "replay": replay,
+    "replay (ranks)": replay_of_ranks,
     "replay (texts)": replay_of_texts,
     "replay (resume)": resume,
     "replay (changed plan)": resume_under_another_plan,
     "statistics": statistics,
+    "statistics (ranks)": statistics_of_ranks,
     "statistics (empty draws)": statistics_of_empty_draws,
     "accounting": accounting_oracle,
 }

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import dp_accounting  # noqa: F401 - with what compiling imports: once here, and in no fork
+import torch._dynamo
 import torch.distributed as dist
+import torch.export._trace  # noqa: F401
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = 60.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Ended:
     """How one rank ended: with a value, with an error (its class and text), or neither: its exit code says how."""
 
@@ -28,8 +32,9 @@ class Ended:
     exitcode: int | None = 0
 
 
-def _rank(rank: int, count: int, file: str, work: Callable[[int], Any], report: Connection) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=PATIENCE)
+def _rank(rank: int, count: int, file: str, patience: float, work: Callable[[int], Any], report: Connection) -> None:
+    wait = timedelta(seconds=patience)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=wait)
     try:
         ended = Ended(work(rank))
     except BaseException as error:
@@ -38,28 +43,27 @@ def _rank(rank: int, count: int, file: str, work: Callable[[int], Any], report: 
     dist.destroy_process_group()
 
 
-def together(count: int, work: Callable[[int], Any]) -> list[Ended]:
-    """`work(rank)` in `count` processes at once; how each of them ended."""
+def together(count: int, work: Callable[[int], Any], patience: float = PATIENCE) -> list[Ended]:
+    """`work(rank)` in `count` processes at once, of a group with that timeout; how each of them ended."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, count, str(Path(folder) / "store"), work, theirs))
+            file = str(Path(folder) / "store")
+            process = context.Process(target=_rank, args=(rank, count, file, patience, work, theirs))
             process.start()
             theirs.close()
             running.append((process, ours))
         found = []
         for process, report in running:
-            try:
-                ended = pickle.loads(report.recv_bytes()) if report.poll(2 * PATIENCE.total_seconds()) else None
-            except EOFError:
-                ended = None
-            if ended is None and process.exitcode is None:
-                process.join(1)
-            process.kill() if ended is None else process.join()
+            ended = Ended()
+            if not report.poll(2 * PATIENCE):
+                process.kill()
+            with contextlib.suppress(EOFError):  # it died
+                ended = pickle.loads(report.recv_bytes())
             process.join()
-            found.append(ended or Ended(exitcode=process.exitcode))
+            found.append(dataclasses.replace(ended, exitcode=process.exitcode))
     return found
 
 
