@@ -53,7 +53,6 @@ from dpbitfit_fx.training_run import Stage, TrainingRun, frozen_digest
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
 
 _CHECKPOINT_EVERY = 50
-_SHARED = ("backend", "precision", "layout", "physical_batch_size")  # of the fingerprint: what all ranks have alike
 
 
 @dataclass(frozen=True)
@@ -297,24 +296,13 @@ def fit(
                 "parallel_batches": parallel_batches,
                 "insecure": insecure_seed_for_tests is not None,
             }
-            asked = [target_epsilon, noise_multiplier, delta, [sampler.to_dict() for sampler in samplers]]
-
-            def described() -> dict[str, Any]:
-                return {
-                    "the versions of the packages": library_versions(),
-                    "the privacy plan": [*asked, [stage.record for stage in stages]],
-                    "the compiled step and its optimizer": [stage.fingerprint for stage in stages],
-                    "the shapes and the backend": [fingerprint[n] for n in _SHARED],
-                    "the frozen weights": fingerprint["frozen"],
-                    "the number of records": records,
-                    "the records": records_digest(first.batches),
-                }
+            asked = [target_epsilon, noise_multiplier, delta]
 
             def begin() -> None:
                 first.update.apply_added_biases()
                 undo.pop_all()
 
-            fingerprint |= ranks.compare(described)
+            fingerprint |= ranks.compare(lambda: _described(stages, asked, fingerprint))
             if not ranks.first:
                 told = ranks.help([stage.engine for stage in stages], trained, begin)
                 return _told(told, model, sigma)
@@ -407,6 +395,22 @@ def fit(
     finally:
         if store is not None:
             store.close()
+
+
+def _described(stages: Sequence[Stage], asked: Sequence[Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same on every rank, by the name that an error gives it; values of JSON."""
+    batches = stages[0].engine.batches
+    return {
+        "the versions of the packages": library_versions(),
+        "the privacy plan": [*asked, [[stage.sampler.to_dict(), stage.record] for stage in stages]],
+        "the compiled step and its optimizer": [stage.fingerprint for stage in stages],
+        "the shapes and the backend": [
+            fingerprint[n] for n in ("backend", "precision", "layout", "physical_batch_size")
+        ],
+        "the frozen weights": fingerprint["frozen"],
+        "the number of records": len(batches.dataset),
+        "the records": records_digest(batches),
+    }
 
 
 def _telling(result: FitResult) -> dict[str, Any]:

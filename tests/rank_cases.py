@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import dp_accounting  # noqa: F401 - with what compiling imports: once here, and in no fork
+import torch
 import torch._dynamo
 import torch.distributed as dist
-import torch.export._trace  # noqa: F401
+import torch.export._trace
 
 PATIENCE = 60.0
 
@@ -45,6 +46,7 @@ def _rank(rank: int, count: int, file: str, patience: float, work: Callable[[int
 
 def together(count: int, work: Callable[[int], Any], patience: float = PATIENCE) -> list[Ended]:
     """`work(rank)` in `count` processes at once, of a group with that timeout; how each of them ended."""
+    assert torch.get_num_threads() == 1, "what is forked from a process with OpenMP threads hangs"
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         running = []

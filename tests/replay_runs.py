@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ import pytest
 import torch
 from fit_cases import Crash, biases, crash_at, momentum
 from onnx_cases import has_ort_training
+from rank_cases import of_rank_0
 from replay_cases import BUCKETS, MODELS, SIGMA, Array, Cell, Tally, World, judge, make_world
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.errors import CompileRefused
+from dpbitfit_fx.errors import CompileRefused, RankError
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.lowering import check_lowering
 from dpbitfit_fx.passes.clipping import Clipping
@@ -85,8 +87,11 @@ class Torch:
     backend: str = "eager"
     precision: str = "float32"
     wide: bool = False
+    ranks: int = 1
 
     def why_not(self) -> str | None:
+        if self.ranks > 1 and os.name != "posix":
+            return "its processes are forked"
         try:
             check_lowering(self.backend, (), self.precision)
         except CompileRefused as refusal:
@@ -94,6 +99,13 @@ class Torch:
         return None
 
     def run(self, side: Side, folder: str | None) -> Trace:
+        trace: Trace = (
+            self._run(side, folder) if self.ranks == 1 else of_rank_0(self.ranks, lambda: self._run(side, folder))
+        )
+        return trace
+
+    def _run(self, side: Side, folder: str | None) -> Trace:
+        """Of this process: a rank that only helps sees no release."""
         world, trace = side.world, Trace()
         kind, rows = MODELS[world.model], world.dataset(side.larger)
         optimizer = momentum if world.place % 2 else None
@@ -112,7 +124,7 @@ class Torch:
                         ):
                             parameter.copy_(value)
 
-            with contextlib.suppress(Crash):
+            with contextlib.suppress(Crash, RankError):  # the second where rank 0 crashed
                 result = fit(
                     model,
                     kind.loss,
@@ -260,6 +272,7 @@ def _stretched(value: Any, length: int) -> Tensor:
 
 ENGINES: dict[str, Engine] = {
     "eager float32": Torch(wide=True),
+    "eager float32, 2 ranks": Torch(ranks=2),
     "eager bf16": Torch(precision="bf16", wide=True),
     "onnx float32": Onnx("onnx"),
     "ort_training float32": Onnx("ort_training"),
