@@ -32,7 +32,8 @@ class PrivateStep:
 
     The model stays the user's: its parameters are read at every call, so an optimizer updates it in place.
     Guarantee: :meth:`accumulate` has L2 sensitivity ``max_grad_norm`` when one record is added or removed (PARTIAL seal);
-    :meth:`privatize` adds ``N(0, (noise_multiplier * max_grad_norm)^2)`` per coordinate (SEALED).
+    :meth:`privatize` adds ``N(0, noise_scale^2)`` per coordinate (SEALED), where ``noise_scale = noise_multiplier *
+    max_grad_norm * (1 + slack)`` and the slack, 1e-4 or more, pays for float rounding (``passes.numerics``).
     """
 
     def __init__(
@@ -141,6 +142,11 @@ class PrivateStep:
     @property
     def expected_batch_size(self) -> float | None:
         return self.joint.noise.expected_batch_size if self.joint.noise else None
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Standard deviation of the noise on the clipped sum."""
+        return self.joint.noise.scale(self.clipping) if self.joint.noise else None
 
     @property
     def dynamic_length(self) -> DynamicLength | None:
@@ -290,7 +296,7 @@ class PrivateStep:
         return self._lowered(leaves, sample_mask, accumulator)
 
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """``(accumulator + sigma R noise) / expected_batch_size`` [D] for ``noise ~ N(0, I)`` [D]: may be released (SEALED)."""
+        """``(accumulator + noise_scale * noise) / expected_batch_size`` [D], ``noise ~ N(0, I)`` [D]: may leave (SEALED)."""
         if self.update is None:
             raise SealBroken(
                 "This step has no noise, so nothing may leave it. Make one with step.with_noise(noise_multiplier=..., "
@@ -317,7 +323,7 @@ class PrivateStep:
         return {t.name: p.view(t.shape) for t, p in zip(self.joint.targets, pieces, strict=True)}
 
     def with_noise(self, noise_multiplier: float, expected_batch_size: float) -> PrivateStep:
-        """The same step with noise of std ``noise_multiplier * max_grad_norm`` and a public denominator baked in."""
+        """The same step with noise of std ``noise_multiplier * max_grad_norm * (1 + slack)`` and a public denominator."""
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
         source = dataclasses.replace(self._source, noise=noise)
         captured = dataclasses.replace(self._captured, noise=noise, source=source)

@@ -86,7 +86,7 @@ class Engine:
         return self.sampler.draw(key, step).tolist(), stream(key, "records", step).bytes(32)
 
     def private_gradient(self, key: SecretKey, step: int, accumulator: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(clipped sum + sigma R z) / expected batch size, by parameter name. May be released."""
+        """(clipped sum + noise scale * z) / expected batch size, by parameter name. May be released."""
         update = self.update
         normals = torch.from_numpy(stream(key, "noise", step).normal(update.num_trainable))
         noise = normals.to(dtype=update.dtype, device=update.device)

@@ -1,8 +1,8 @@
 """The seal of exported files: the closed template of design §7, matched again on the ONNX graphs that will run.
 
     PARTIAL  grad_step.onnx        accumulator + clipped sum                       is the one output
-             training_model.onnx   buffer += (clipped sum + z * sigma R)[piece]    and nothing else leaves
-    SEALED   update_step.onnx      g = (accumulator + z * sigma R) / N             all else is computed from g and public state
+             training_model.onnx   buffer += (clipped sum + z * sigma R (1 + slack))[piece]    and nothing else leaves
+    SEALED   update_step.onnx      g = (accumulator + z * sigma R (1 + slack)) / N   all else is computed from g and public state
              optimizer_model.onnx  every buffer * (1 / N) feeds the optimizer      z came with the last micro-batch
 
     clipped sum = [1, B] @ [B, D] of (where(keep, c, 0), where(keep, G, 0)), as ``passes/clip.py`` and ``ghost_sum.py`` say
@@ -37,6 +37,7 @@ from dpbitfit_fx.passes.clipping import (
     Clipping,
     Layer,
 )
+from dpbitfit_fx.passes.numerics import noise_scale
 
 LARGEST_SQUARED_NORM: Final = 1e60
 # The runner feeds these itself.
@@ -69,7 +70,7 @@ class Declared:
 
     @property
     def noise_scale(self) -> float:
-        return self.noise_multiplier * self.clipping.sensitivity
+        return noise_scale(self.noise_multiplier, self.clipping.sensitivity, self.expected_batch_size)
 
 
 def declared(manifest: Mapping[str, Any]) -> Declared:
@@ -233,7 +234,7 @@ def check_grad_step(g: OnnxGraph, said: Declared) -> None:
 
 
 def check_training_model(g: OnnxGraph, said: Declared) -> None:
-    """Every gradient buffer grows by its piece of ``z * sigma R + clipped sum``; the one other output is a constant."""
+    """Every gradient buffer grows by its piece of ``z * sigma R (1 + slack) + clipped sum``; the other output is a constant."""
     size = sum(said.sizes)
     batch, unused = batch_inputs(said)
     weights = {n: (FLOAT, list(s)) for n, s in zip(said.names, said.shapes, strict=True)}
@@ -263,7 +264,7 @@ def check_training_model(g: OnnxGraph, said: Declared) -> None:
             g.refuse(f"{what}: it is cut from another sum than the other gradients")
         total, split = whole, g.producer[piece].output[0]
     noisy, clipped = g.call(total, "Add", "noise")
-    noise = g.scaled(noisy, said.noise_scale, "noise scale sigma * R")
+    noise = g.scaled(noisy, said.noise_scale, "noise scale sigma * R * (1 + slack)")
     if noise != "noise":
         g.refuse(f"noise: expected the input noise, found {noise!r}")
     g.read_once("noise", "noise")
@@ -448,7 +449,10 @@ def match_square(g: OnnxGraph, squared: str, values: str) -> None:
 
 
 def check_update_step(g: OnnxGraph, said: Declared) -> None:
-    """``g = (accumulator + z * sigma R) / N``, where accumulator and z are read nowhere else; what follows is post-processing."""
+    """``g = (accumulator + z * sigma R (1 + slack)) / N``, where accumulator and z are read nowhere else.
+
+    What follows is post-processing.
+    """
     size = sum(said.sizes)
     adam = said.optimizer.get("type") == "AdamW"
     state: dict[str, Any] = {"theta": (FLOAT, [size])}
@@ -460,7 +464,7 @@ def check_update_step(g: OnnxGraph, said: Declared) -> None:
     g.read_once("accumulator", "accumulator")
     g.read_once("noise", "noise")
     scaled = _only(g, "noise") if said.noise_scale != 1 or g.readers["noise"][0].op_type == "Mul" else "noise"
-    if g.scaled(scaled, said.noise_scale, "noise scale sigma * R") != "noise":
+    if g.scaled(scaled, said.noise_scale, "noise scale sigma * R * (1 + slack)") != "noise":
         g.refuse("noise: it is not scaled by sigma * R")
     g.read_once(scaled, "noise")
     noisy = _only(g, "accumulator")

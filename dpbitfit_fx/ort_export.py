@@ -1,6 +1,6 @@
 """``export_ort_training``: a private step as ONNX Runtime Training artifacts, a thin wrapper around the export core.
 
-``training_model.onnx``   batch..., sample_mask[B], noise[D] -> (hidden) gradient buffers += clipped sum + R*sigma*noise
+``training_model.onnx``   batch..., sample_mask[B], noise[D] -> (hidden) gradient buffers += clipped sum + noise scale * noise
 ``optimizer_model.onnx``  AdamW or SGD on gradient buffers / expected batch size
 ``eval_model.onnx``       batch... -> what ``eval_output`` returns, or the masked mean loss (private data)
 ``weights.data``          the large frozen weights, once, for both models
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 MICROSOFT: Final = "com.microsoft"
 
 
-def training_model(core: Core, sensitivity_times_sigma: float) -> ir.Model:
-    """The core, its accumulator started at R*sigma*noise, its output added to ONNX Runtime's gradient buffers. In
+def training_model(core: Core, noise_scale: float) -> ir.Model:
+    """The core, its accumulator started at the scaled noise, its output added to ONNX Runtime's gradient buffers. In
     place."""
     import onnx_ir as ir
 
@@ -66,7 +66,7 @@ def training_model(core: Core, sensitivity_times_sigma: float) -> ir.Model:
     graph = model.graph
     accumulator = graph_input(model, "accumulator")
     noise = ir.Value(name="noise", shape=ir.Shape([layout.num_trainable]), type=ir.TensorType(ir.DataType.FLOAT))
-    scale = constant(model, "noise_scale", np.array(sensitivity_times_sigma, dtype=np.float32))
+    scale = constant(model, "noise_scale", np.array(noise_scale, dtype=np.float32))
     scaled = ir.node("Mul", [noise, scale])
     scaled.outputs[0].name = "scaled_noise"
     graph.inputs.remove(accumulator)
@@ -348,7 +348,7 @@ def export_ort_training(
     def build(folder: Path, previous: Path | None) -> dict[str, Any]:
         import onnx
 
-        model = training_model(export_core(step, layout), float(step.max_grad_norm) * float(step.noise_multiplier))
+        model = training_model(export_core(step, layout), step.noise_scale)
         with step.biases_applied():
             evaluation, outputs = eval_model(step, layout, eval_output)
         save_models({"training_model.onnx": model, "eval_model.onnx": evaluation}, folder, previous)

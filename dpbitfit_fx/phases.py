@@ -122,7 +122,8 @@ class PhaseRecord:
     """One phase in privacy.json.
 
     trainable: as it was asked for. planned_steps, steps, lost_steps: lost ones are charged besides. The noise added to
-    each clipped sum has standard deviation noise_multiplier * max_grad_norm. graph_hash: SHA-256 of the sealed graph.
+    each clipped sum has standard deviation noise_multiplier * max_grad_norm * (1 + slack), see numeric_caveats. graph_hash:
+    SHA-256 of the sealed graph.
     """
 
     trainable: str | Sequence[str]

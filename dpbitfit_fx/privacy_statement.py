@@ -76,8 +76,8 @@ class PrivacyStatement:
     Attributes:
         epsilon, delta: of this run and ``prior`` together. steps: logical steps taken; ``lost_steps`` are charged
         besides. sampler: ``PoissonSampler.to_dict()``; its ``steps`` are the planned ones.
-        noise_multiplier: standard deviation of the noise over ``max_grad_norm``, the L2 sensitivity R (per layer:
-        ``sqrt(sum R_l^2)``). gamma: of automatic clipping, else
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm * (1 + slack)``; ``max_grad_norm`` is the L2
+        sensitivity R (per layer: ``sqrt(sum R_l^2)``), the slack stands in numeric_caveats. gamma: of automatic clipping, else
         None. expected_batch_size: the public denominator. dataset_size_assumed_public: N was taken from len(dataset).
         tuning_covered: whether epsilon covers the choice of hyper-parameters.
         public_declarations: what else was declared public and where it came from (label set, padded lengths, ...).
@@ -125,7 +125,9 @@ class PrivacyStatement:
 
     def __post_init__(self) -> None:
         if not self.numeric_caveats:
-            object.__setattr__(self, "numeric_caveats", numeric_caveats(self.insecure))
+            # A batch size that is no number is refused in its own words, below.
+            size = self.expected_batch_size if _number(self.expected_batch_size) else 0.0
+            object.__setattr__(self, "numeric_caveats", numeric_caveats(self.insecure, size))
         _validate(self)
 
     @classmethod

@@ -23,6 +23,7 @@ from scipy.special import ndtri  # type: ignore[import-untyped, unused-ignore]
 
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.files import atomic_write_text, describe_os_error, json_digest, read_text
+from dpbitfit_fx.passes.numerics import slack
 
 KEY_BYTES: Final = 32
 MAX_STEP: Final = 2**63 - 1
@@ -44,6 +45,12 @@ FINITE_PRECISION_CAVEAT: Final = (
     "discrete mechanism: the least significant bits of an output may depend on the data (Mironov, CCS 2012), and "
     "epsilon does not count that."
 )
+SLACK_CAVEAT: Final = (
+    "Float32 rounding lets one record move a clipped sum by up to max_grad_norm * (1 + slack); the noise's standard "
+    "deviation is noise_multiplier * max_grad_norm * (1 + slack), so epsilon counts it. The slack, {slack:.3g} here, is "
+    "several times what was measured, not a proof, and takes a record's gradient to be the same bits whatever stands "
+    "beside it in its batch."
+)
 SAMPLING_CAVEAT: Final = (
     "Poisson sampling compares a 53-bit uniform with sample_rate: "
     "a record's probability exceeds it by less than 2**-53."
@@ -52,12 +59,16 @@ INSECURE_CAVEAT: Final = (
     "INSECURE: the noise came from a known seed (insecure_for_tests). "
     "There is no privacy guarantee, whatever epsilon says."
 )
-NUMERIC_CAVEATS: Final = (NOISE_SOURCE, TAIL_CAVEAT, FINITE_PRECISION_CAVEAT, SAMPLING_CAVEAT)
 
 
-def numeric_caveats(insecure: bool = False) -> tuple[str, ...]:
-    """The sentences on randomness and arithmetic that belong in privacy.json, the insecure one first where it holds."""
-    return (INSECURE_CAVEAT, *NUMERIC_CAVEATS) if insecure else NUMERIC_CAVEATS
+def numeric_caveats(insecure: bool, expected_batch_size: float) -> tuple[str, ...]:
+    """The sentences on randomness and arithmetic that belong in privacy.json, the insecure one first where it holds.
+
+    expected_batch_size: of the phase with the largest draws, whose slack is the largest.
+    """
+    charged = SLACK_CAVEAT.format(slack=slack(expected_batch_size))
+    caveats = (NOISE_SOURCE, TAIL_CAVEAT, FINITE_PRECISION_CAVEAT, charged, SAMPLING_CAVEAT)
+    return (INSECURE_CAVEAT, *caveats) if insecure else caveats
 
 
 class SecretKey:

@@ -9,10 +9,9 @@
                 a layer with ghosts (``ghost_sum``): n_l at least 1/100 of their bound, keep also asking |G|^2 + |A|^2 < 1e40
     out [D]   = accumulator + [1, B] @ [B, D] of (where(keep, c_l, 0), where(keep, G, 0)), block by block
 
-Guarantee: adding or removing one row changes ``out`` by at most R = sqrt(sum_l R_l^2) in L2 in real numbers. Float
-rounding adds about 1e-6 R per physical batch, more where terms cancel (``ghost_sum``) or where a hostile dataset holds the
-accumulator at a power of two. The loss output is dropped: it is private and never released. The weighted sum is written
-``[1, B] @ [B, D]`` because ONNX Runtime miscompiles ``Xt @ v``.
+Guarantee: adding or removing one row changes ``out`` by at most R = sqrt(sum_l R_l^2) in L2 in real numbers; what float32
+rounding adds to it, ``numerics.slack``, the noise pays for. The loss output is dropped: it is private and never released.
+The weighted sum is written ``[1, B] @ [B, D]`` because ONNX Runtime miscompiles ``Xt @ v``.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def noised(joint: JointGraph) -> None:
 
 
 def sealed(joint: JointGraph) -> None:
-    """SEALED: what leaves is ``(clipped sum + sigma R z) / expected_batch_size`` and nothing else."""
+    """SEALED: what leaves is ``(clipped sum + sigma R (1 + slack) z) / expected_batch_size`` and nothing else."""
     noised(joint)
     partial(joint)
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .clipping import Clipping
+from .numerics import noise_scale
 
 
 class Role(enum.Enum):
@@ -110,10 +111,14 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Public scale of the noise: std is ``noise_multiplier * max_grad_norm``; the sum is divided by the batch size."""
+    """Public scale of the noise: std is :meth:`scale`; the sum is divided by the batch size."""
 
     noise_multiplier: float
     expected_batch_size: float
+
+    def scale(self, clipping: Clipping) -> float:
+        """``sigma R (1 + slack)``: see ``numerics``."""
+        return noise_scale(self.noise_multiplier, clipping.sensitivity, self.expected_batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Pass 5, add noise: ``out [D] = (sum [D] + z [D] * (sigma * R)) / expected_batch_size`` (design §6).
+"""Pass 5, add noise: ``out [D] = (sum [D] + z [D] * (sigma * R * (1 + slack))) / expected_batch_size`` (design §6).
 
-z is an explicit input, drawn by the host from N(0, I) by a secure generator; sigma, R and the denominator are public
-constants baked into the graph. There is no random operator in the graph.
+z is an explicit input, drawn by the host from N(0, I) by a secure generator; sigma, R, the numeric
+slack (``numerics``) and the denominator are public constants baked into the graph. There is no random operator in the graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_noise(joint: JointGraph) -> JointGraph:
     with graph.inserting_after(last):
         z = graph.placeholder("noise")
     with graph.inserting_before(output):
-        scaled = graph.call_function(aten.mul.Scalar, (z, noise.noise_multiplier * clipping.sensitivity))
+        scaled = graph.call_function(aten.mul.Scalar, (z, noise.scale(clipping)))
         noisy = graph.call_function(aten.add.Tensor, (output.args[0][0], scaled))  # type: ignore[index]
         output.args = ((graph.call_function(aten.div.Scalar, (noisy, noise.expected_batch_size)),),)
     return dataclasses.replace(joint, module=finish(graph), inputs=(*joint.inputs, Input(z.name, Role.NOISE, "noise")))

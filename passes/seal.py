@@ -59,7 +59,7 @@ def split(joint: JointGraph) -> tuple[JointGraph, JointGraph]:
 
 
 def check_update(joint: JointGraph) -> None:
-    """The update half is exactly ``(accumulator + noise * sigma R) / expected_batch_size``."""
+    """The update half is exactly ``(accumulator + noise * sigma R (1 + slack)) / expected_batch_size``."""
     facts.functional(joint)
     start = template.match_noise(joint)
     template.placeholder(joint, Role.ACCUMULATOR, start, 1, "update")

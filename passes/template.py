@@ -44,7 +44,7 @@ def single_output(joint: JointGraph) -> Any:
 
 
 def match_noise(joint: JointGraph) -> fx.Node:
-    """Matches ``(sum + z * sigma R) / N`` at the output and returns the node ``sum``."""
+    """Matches ``(sum + z * sigma R (1 + slack)) / N`` at the output and returns the node ``sum``."""
     if joint.noise is None or joint.clipping is None:
         raise SealBroken("The graph carries no noise scale; it cannot be sealed.")
     if joint.noise.noise_multiplier <= 0:
@@ -54,7 +54,7 @@ def match_noise(joint: JointGraph) -> fx.Node:
     constant(div.args[1], joint.noise.expected_batch_size, "denominator")
     noisy = expect(div.args[0], aten.add.Tensor, "noise")
     scaled = expect(noisy.args[1], aten.mul.Scalar, "noise")
-    constant(scaled.args[1], joint.noise.noise_multiplier * joint.clipping.sensitivity, "noise scale sigma * R")
+    constant(scaled.args[1], joint.noise.scale(joint.clipping), "noise scale sigma * R * (1 + slack)")
     placeholder(joint, Role.NOISE, scaled.args[0], 1, "noise")
     if not isinstance(noisy.args[0], fx.Node) or len(noisy.args[0].users) != 1:
         raise SealBroken("noise: the clipped sum is used a second time besides the noisy output.")

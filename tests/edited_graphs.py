@@ -34,6 +34,7 @@ from dpbitfit_fx.errors import DPBitFitError
 from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 from dpbitfit_fx.passes.joint_graph import JointGraph
+from dpbitfit_fx.passes.numerics import noise_scale
 from dpbitfit_fx.passes.seal import check_update, seal, seal_partial, split
 
 SIGMA, R, N = 1.25, 0.5, 16.0
@@ -232,7 +233,7 @@ def measured(of: Case, runs: Runs) -> tuple[str, bool]:
     """What is wrong with a graph that was accepted, or ''; and whether its sums are those of the graph before the edit."""
     count, g = of.step.num_trainable, torch.Generator().manual_seed(3)
     one, other, start = torch.randn(3, count, generator=g)
-    nothing, scale, same = torch.zeros(count), SIGMA * R, True
+    nothing, scale, same = torch.zeros(count), noise_scale(SIGMA, R, N), True
 
     def added(leaves: Leaves, mask: Tensor, accumulator: Tensor) -> Tensor:
         """A graph may be made for other sizes alone. One that records of this size stop, where others do not, shows them."""

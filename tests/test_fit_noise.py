@@ -22,6 +22,7 @@ from dpbitfit_fx.accounting import epsilon
 from dpbitfit_fx.errors import PrivacyError
 from dpbitfit_fx.fit import StepInfo, fit
 from dpbitfit_fx.passes.clipping import AutomaticClipping
+from dpbitfit_fx.passes.numerics import noise_scale
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import SecretKey
 from dpbitfit_fx.sampling import PoissonSampler
@@ -104,7 +105,7 @@ def test_the_noise_is_that_of_the_secret_stream_and_the_denominator_is_public() 
         flat = torch.cat([g.flatten() for g in gradients])
         total += flat * min(1.0, R / flat.norm().item())
     noise = torch.from_numpy(stream(key, "noise", 0).normal(size)).float()
-    expected = biases(reference) - (total + SIGMA * R * noise) / 20
+    expected = biases(reference) - (total + noise_scale(SIGMA, R, 20) * noise) / 20
     assert torch.allclose(biases(result.model), expected, atol=1e-6, rtol=0)
 
 

@@ -375,7 +375,7 @@ def accumulator_as_output(f: File) -> None:
 UPDATE: dict[str, tuple[Edit, str]] = {
     "sigma is halved": (
         lambda f: f.replace_constant(reader(f, "noise"), 1, 0.28),
-        r"noise scale sigma \* R: found 0\.28",
+        r"noise scale sigma \* R \* \(1 \+ slack\): found 0\.28",
     ),
     "the noise is dropped": (
         lambda f: f.feed(noisy(f), 1, f.constant(0.0)),
@@ -412,7 +412,7 @@ def test_a_manifest_that_promises_more_than_the_graphs_do_is_refused(plain: Path
     shutil.copytree(plain, tmp_path / "copy")
     claims: list[tuple[dict[str, Any], str]] = [
         ({"noise_multiplier": 8.0}, "noise scale"),
-        ({"expected_batch_size": 600.0}, "denominator"),
+        ({"expected_batch_size": 60.0}, "denominator"),
         (
             {"max_grad_norm": 0.1, "clipping": {"type": "AutomaticClipping", "max_grad_norm": 0.1, "gamma": 0.01}},
             "R: found",
@@ -559,7 +559,7 @@ MODELS: dict[str, tuple[str, Edit, str]] = {
     "sigma is halved": (
         "training_model.onnx",
         lambda f: f.replace_constant(f.walk(noisy_sum(f), 0), 1, 0.28),
-        r"noise scale sigma \* R: found 0\.28",
+        r"noise scale sigma \* R \* \(1 \+ slack\): found 0\.28",
     ),
     "the noise is dropped": (
         "training_model.onnx",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dpbitfit_fx.accounting import PriorRun, epsilon, solve_noise_multiplier
 from dpbitfit_fx.errors import ArtifactError, PrivacyError
+from dpbitfit_fx.passes.numerics import slack
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import FINITE_PRECISION_CAVEAT, TAIL_CAVEAT
 from dpbitfit_fx.sampling import PoissonSampler
@@ -59,6 +60,8 @@ def test_the_file_states_everything_that_the_guarantee_depends_on() -> None:
     assert CONTENT["privacy_unit"] == "one record" and CONTENT["neighboring_relation"] == "add-or-remove-one"
     assert CONTENT["sampler"]["type"] == "poisson" and CONTENT["tuning_covered"] is False
     assert TAIL_CAVEAT in CONTENT["numeric_caveats"] and FINITE_PRECISION_CAVEAT in CONTENT["numeric_caveats"]
+    charged = f"The slack, {slack(SAMPLER.expected_batch_size):.3g} here"
+    assert any(charged in sentence for sentence in CONTENT["numeric_caveats"])
     assert {"dp-accounting", "numpy", "scipy", "cryptography", "python"} <= CONTENT["library_versions"].keys()
 
 

@@ -22,10 +22,12 @@ from dpbitfit_fx.passes import facts
 from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
 from dpbitfit_fx.passes.errors import SealBroken
 from dpbitfit_fx.passes.joint_graph import Input, JointGraph, Noise, Role, copy_graph
+from dpbitfit_fx.passes.numerics import noise_scale
 from dpbitfit_fx.passes.seal import check_update, seal, seal_partial, split
 
 aten = torch.ops.aten
 SIGMA, R, N = 1.25, 0.5, 16.0
+SCALE = noise_scale(SIGMA, R, N)
 
 
 def compiled(kind: str, clipping: Clipping) -> PrivateStep:
@@ -186,21 +188,26 @@ def noise_removed(p: Parts) -> None:
 @sabotage("noise: expected aten.mul.Scalar, found aten.add.Tensor")
 def noise_added_before_the_accumulation(p: Parts) -> None:
     p.put(p.div, 0, p.result)
-    inner = p.before(p.result, aten.add.Tensor, p.total, p.before(p.result, aten.mul.Scalar, p.z, SIGMA * R))
+    inner = p.before(p.result, aten.add.Tensor, p.total, p.before(p.result, aten.mul.Scalar, p.z, SCALE))
     p.put(p.result, 1, inner)
 
 
 @sabotage("noise: expected aten.mul.Scalar, found aten.reshape.default")
 def noise_added_before_the_clip(p: Parts) -> None:
-    noise = p.before(p.pieces[0], aten.mul.Scalar, p.z, SIGMA * R)
+    noise = p.before(p.pieces[0], aten.mul.Scalar, p.z, SCALE)
     flat = p.before(p.pieces[0], aten.slice.Tensor, noise, 0, 0, p.joint.targets[0].numel)
     p.wrap(p.gradients[0], p.pieces[0], aten.add.Tensor, flat)
     p.put(p.div, 0, p.result)
 
 
-@sabotage("noise scale sigma . R: found .* expected the public constant")
+@sabotage("noise scale sigma . R . .1 . slack.: found .* expected the public constant")
 def noise_scaled_wrong(p: Parts) -> None:
-    p.put(p.scaled, 1, SIGMA * R * 2 / 3)
+    p.put(p.scaled, 1, SCALE * 2 / 3)
+
+
+@sabotage("noise scale sigma . R")
+def noise_that_does_not_pay_for_rounding(p: Parts) -> None:
+    p.put(p.scaled, 1, SIGMA * R)
 
 
 @sabotage("noise scale sigma . R")
@@ -400,7 +407,7 @@ def the_coefficient_doubled(p: Parts) -> None:
 @sabotage("clip factor R: found 0.5, expected the public constant 0.4")
 def another_r_declared_than_baked_in(p: Parts) -> None:
     p.changes["clipping"] = dataclasses.replace(p.joint.clipping or FlatClipping(), max_grad_norm=0.4)
-    p.put(p.scaled, 1, SIGMA * 0.4)
+    p.put(p.scaled, 1, noise_scale(SIGMA, 0.4, N))
 
 
 @sabotage("clip factor (gamma|R): found 1e-06")
@@ -728,7 +735,7 @@ def a_layer_left_out_of_the_finite_test(p: Parts) -> None:
 
 @sabotage_of("text-per-layer", "noise scale sigma . R")
 def the_noise_of_one_layer_only(p: Parts) -> None:
-    p.put(p.scaled, 1, SIGMA * 0.4)
+    p.put(p.scaled, 1, noise_scale(SIGMA, 0.4, N))
 
 
 @sabotage_of("text-per-layer", "clip factor: expected aten.clamp_min.default, found aten.add.Scalar|clip factor R")
@@ -741,7 +748,7 @@ def a_total_that_is_less_than_its_layers(p: Parts) -> None:
     clipping = PerLayerClipping(layer_norms={"mix": 0.3, "head": 0.4})
     object.__setattr__(clipping, "max_grad_norm", 0.4)
     p.changes["clipping"] = clipping
-    p.put(p.scaled, 1, SIGMA * 0.4)
+    p.put(p.scaled, 1, noise_scale(SIGMA, 0.4, N))
 
 
 @sabotage_of("mlp-per-layer", "weighted sum: found 0, expected the public constant 1|weighted sum")
