@@ -20,6 +20,7 @@ from .passes.clipping import AutomaticClipping, Clipping
 from .passes.joint_graph import AddedBias, DynamicLength, JointGraph, Noise, Source
 from .passes.lengths import resized
 from .passes.meaning import check_meaning
+from .passes.numerics import NOISES
 from .passes.pipeline import CAPTURE, DEAD, DEAD_TOKENS, MEANING, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
 from .passes.torch_private import tree_flatten
@@ -144,8 +145,13 @@ class PrivateStep:
         return self.joint.noise.expected_batch_size if self.joint.noise else None
 
     @property
+    def grid(self) -> bool:
+        """Whether sums and noise are whole numbers (``noise="grid"``)."""
+        return self.joint.grid
+
+    @property
     def noise_scale(self) -> float | None:
-        """Standard deviation of the noise on the clipped sum."""
+        """Standard deviation of the noise on the clipped sum; on the grid that of ``2^24`` units."""
         return self.joint.noise.scale(self.clipping) if self.joint.noise else None
 
     @property
@@ -304,6 +310,10 @@ class PrivateStep:
             )
         self._check_flat(accumulator, "accumulator")
         self._check_flat(noise, "noise")
+        if self.grid and not all(torch.equal(x, x.trunc()) for x in (accumulator, noise)):
+            raise CompileRefused(
+                "On the grid the accumulator and the noise are whole numbers: draw it with exact_normal.rounded_normals."
+            )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             result: torch.Tensor = self.update.module(accumulator, noise)[0]
         return result
@@ -322,12 +332,25 @@ class PrivateStep:
         pieces = torch.split(flat, [t.numel for t in self.joint.targets])
         return {t.name: p.view(t.shape) for t, p in zip(self.joint.targets, pieces, strict=True)}
 
-    def with_noise(self, noise_multiplier: float, expected_batch_size: float) -> PrivateStep:
-        """The same step with noise of std ``noise_multiplier * max_grad_norm * (1 + slack)`` and a public denominator."""
-        noise = Noise(float(noise_multiplier), float(expected_batch_size))
-        source = dataclasses.replace(self._source, noise=noise)
-        captured = dataclasses.replace(self._captured, noise=noise, source=source)
-        return PrivateStep(source, captured, self._observer, self.backend, self._disable, self.precision)
+    def with_noise(
+        self, noise_multiplier: float, expected_batch_size: float, noise: str | None = None
+    ) -> PrivateStep:
+        """The same step with noise of std ``noise_multiplier * max_grad_norm * (1 + slack)`` and a public denominator.
+
+        noise: "float", or "grid": clipped gradients, their sums and the noise are whole numbers in float64, so that the
+        guarantee holds to the letter (``passes.numerics``); None: as it is. On the grid :meth:`accumulate` counts in units
+        of 2^-24 of the noise, and :meth:`privatize` takes ``rounded_normals(.., scale=24)``.
+        """
+        grid = self.grid if noise is None else noise == "grid"
+        if noise not in (None, *NOISES):
+            raise CompileRefused(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
+        kind = Noise(float(noise_multiplier), float(expected_batch_size), grid)
+        source = dataclasses.replace(self._source, noise=kind)
+        captured = dataclasses.replace(self._captured, noise=kind, source=source)
+        step = PrivateStep(source, captured, self._observer, self.backend, self._disable, self.precision)
+        if grid:
+            check_rows(step)  # another graph runs than the one that compile has checked
+        return step
 
     def report(self) -> Report:
         return make_report(self.model, self.joint, self._lowered)

@@ -19,9 +19,12 @@ from dpbitfit_fx.batching import (
     load_item,
 )
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
+from dpbitfit_fx.exact_normal import rounded_normals
 from dpbitfit_fx.parallel import check_parallel, parallel_sum
 from dpbitfit_fx.passes.clipping import Clipping
+from dpbitfit_fx.passes.numerics import GRID_BITS, fits_the_grid
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
+from dpbitfit_fx.placement import check_places
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -88,8 +91,9 @@ class Engine:
     def private_gradient(self, key: SecretKey, step: int, accumulator: torch.Tensor) -> dict[str, torch.Tensor]:
         """(clipped sum + noise scale * z) / expected batch size, by parameter name. May be released."""
         update = self.update
-        normals = torch.from_numpy(stream(key, "noise", step).normal(update.num_trainable))
-        noise = normals.to(dtype=update.dtype, device=update.device)
+        source, count = stream(key, "noise", step), update.num_trainable
+        drawn = rounded_normals(source.words, count, GRID_BITS) if update.grid else source.normal(count)
+        noise = torch.from_numpy(drawn).to(dtype=update.dtype, device=update.device)
         with torch.no_grad():
             return update.unflatten(update.privatize(accumulator, noise))
 
@@ -145,6 +149,7 @@ def build_engine(
     clipping: Clipping,
     backend: str = "eager",
     precision: str = "float32",
+    noise: str = "float",
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -186,11 +191,14 @@ def build_engine(
     several = layout.buckets > 1 and not dropout  # how much a sample draws depends on its length
     whole = one_for_every_length(layout, examples[-1], compiled) if several else None
     if whole is not None:
-        steps = [whole.with_noise(sigma, expected_batch_size)] * layout.buckets
+        plain = [whole] * layout.buckets
     else:
-        steps = [compiled(example) for example in examples]
-        steps[1:] = [step.sharing(steps[0]) if step.added_biases else step for step in steps[1:]]
-        steps[0] = steps[0].with_noise(sigma, expected_batch_size)
+        plain = [compiled(example) for example in examples]
+        plain[1:] = [step.sharing(plain[0]) if step.added_biases else step for step in plain[1:]]
+    # On the grid each of them rounds to it; else the first, which makes the release, has all the noise.
+    rounds = plain if noise == "grid" else plain[:1]
+    made = {step: step.with_noise(sigma, expected_batch_size, noise) for step in dict.fromkeys(rounds)}
+    steps = [made.get(step, step) for step in plain]
     batches = PhysicalBatches(
         dataset,
         layout,
@@ -200,6 +208,16 @@ def build_engine(
         mask_dtype=steps[0].dtype,
         device=device,
     )
+    if noise == "grid":
+        if not fits_the_grid(sigma, sampler.dataset_size):
+            raise CompileRefused(
+                f"noise='grid' counts {sampler.dataset_size} records at a noise multiplier of {sigma:g} beyond 2**53 units, "
+                "where float64 is no longer exact. Use more noise, or noise='float'."
+            )
+        for step, example, size in zip(plain, examples, batches.sizes, strict=True):
+            # Without noise every bit shows; inductor fuses the two graphs differently, so there it tries both.
+            for tried in (step, made[step]) if backend == "inductor" else (step,):
+                check_places(tried, layout.on_device(example, device), size)
     return Engine(steps, batches, sampler, parallel_batches)
 
 

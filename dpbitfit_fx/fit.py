@@ -40,6 +40,7 @@ from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_se
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
+from dpbitfit_fx.passes.numerics import NOISES
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
 from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, library_versions, mechanism_ids, new_run_id
 from dpbitfit_fx.progress import Progress, StepInfo
@@ -98,6 +99,7 @@ def fit(
     clipping: Clipping | None = None,
     backend: str = "eager",
     precision: str = "float32",
+    noise: str = "float",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
@@ -149,6 +151,9 @@ def fit(
             to it: `eval_fn` and callbacks see them, and it comes back with them.
         dropout: leave dropout on in the modules that are in train mode, as in `compile`. The mask of a record in a step
             depends on the run's secret key, the step and the record's number alone. `eval_fn` sees the model in eval mode.
+        noise: "float", or "grid" for a guarantee that holds to the letter in floating point: clipped gradients are rounded to
+            a grid on which sums are exact, and the noise is a normal rounded to it, sampled exactly (docs/threat-model.md,
+            Numerics). Needs memory for every record's gradient in float64 (no ghost norms), so it is for biases and heads.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
         average_from: the trained model is the mean of the parameters after each step beyond this share of the run (of
@@ -191,6 +196,8 @@ def fit(
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise PrivacyError(f"checkpoint_every must be a positive number of logical steps; got {checkpoint_every!r}.")
+    if noise not in NOISES:
+        raise PrivacyError(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
     average_from = check_average_from(average_from)
     account = RunAccount(ledger if ranks.first else None)
     records = _dataset_length(dataset)
@@ -264,6 +271,7 @@ def fit(
                         clipping=phase.clipping,
                         backend=backend,
                         precision=precision,
+                        noise=noise,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -289,6 +297,7 @@ def fit(
                 "frozen": "" if store is None and not ranks.several else frozen_digest(model, set(trained)),
                 "backend": backend,
                 "precision": precision,
+                "noise": noise,
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "layout": [repr(leaf) for leaf in first.batches.layout.leaves],
@@ -320,6 +329,7 @@ def fit(
                 "num_parameters": sum(p.numel() for p in {*model.parameters(), *trained.values()}),
                 "dataset_size_assumed_public": dataset_size is None,
                 "tuning_covered": tuning_covered,
+                "noise": noise,
                 "insecure": key.insecure,
                 "backend": f"pytorch {backend}"
                 + ("" if precision == "float32" else f", {precision}")

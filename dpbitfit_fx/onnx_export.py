@@ -210,6 +210,11 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
                 "denominator."
             )
         step = step.with_noise(float(sigma), float(expected))
+    if step.grid:
+        raise ExportError(
+            "A step with noise='grid' cannot be exported: ONNX Runtime's gradient buffers are float32, in which sums are not "
+            "exact. Train it in PyTorch, or export the step with noise='float'."
+        )
     if step.noise_multiplier is None or step.expected_batch_size is None:
         raise ExportError(
             "This step adds no noise, so what it trains would not be private, and it cannot be exported. Give "

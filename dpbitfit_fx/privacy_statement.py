@@ -153,6 +153,7 @@ class PrivacyStatement:
         backend: str = "pytorch",
         run_id: str | None = None,
         phases: Sequence[PhaseRecord] = (),
+        noise: str = "float",
     ) -> PrivacyStatement:
         """The statement of a run, its epsilon computed from the sampler, the noise and the steps (default: all
         planned).
@@ -162,6 +163,7 @@ class PrivacyStatement:
             prior: earlier runs on the same records (paths of privacy.json, statements, runs).
             run_id: keep it across a resume; default a new one.
             phases: of a run with several; ``sampler`` then has the largest sample_rate and all steps.
+            noise: "float" or "grid": which numeric caveats hold.
 
         Raises:
             PrivacyError: an argument is unusable, or no finite epsilon exists.
@@ -194,6 +196,7 @@ class PrivacyStatement:
             backend=backend,
             run_id=run_id or new_run_id(),
             phases=tuple(phases),
+            numeric_caveats=numeric_caveats(insecure, sampler.expected_batch_size, noise),
         )
 
     @property

@@ -51,6 +51,13 @@ SLACK_CAVEAT: Final = (
     "several times what was measured, not a proof, and takes a record's gradient to be the same bits whatever stands "
     "beside it in its batch."
 )
+GRID_CAVEAT: Final = (
+    "noise='grid': every clipped gradient is rounded, never up, to whole multiples of 2**-24 of the noise's standard "
+    "deviation in float64, where their sums are exact; the noise is a normal rounded to the same grid, sampled exactly "
+    "(Karney 2016). What is released is a rounding of the real Gaussian mechanism, so its low bits tell no more than "
+    "epsilon counts. Assumed: a record's gradient is the same bits whatever stands beside it in its batch and wherever "
+    "it stands (tried on the example batch; nothing to assume where a physical batch holds one record)."
+)
 SAMPLING_CAVEAT: Final = (
     "Poisson sampling compares a 53-bit uniform with sample_rate: "
     "a record's probability exceeds it by less than 2**-53."
@@ -61,13 +68,14 @@ INSECURE_CAVEAT: Final = (
 )
 
 
-def numeric_caveats(insecure: bool, expected_batch_size: float) -> tuple[str, ...]:
+def numeric_caveats(insecure: bool, expected_batch_size: float, noise: str = "float") -> tuple[str, ...]:
     """The sentences on randomness and arithmetic that belong in privacy.json, the insecure one first where it holds.
 
-    expected_batch_size: of the phase with the largest draws, whose slack is the largest.
+    expected_batch_size: of the phase with the largest draws, whose slack is the largest. noise: "float" or "grid".
     """
     charged = SLACK_CAVEAT.format(slack=slack(expected_batch_size))
-    caveats = (NOISE_SOURCE, TAIL_CAVEAT, FINITE_PRECISION_CAVEAT, charged, SAMPLING_CAVEAT)
+    arithmetic = (GRID_CAVEAT,) if noise == "grid" else (TAIL_CAVEAT, FINITE_PRECISION_CAVEAT, charged)
+    caveats = (NOISE_SOURCE, *arithmetic, SAMPLING_CAVEAT)
     return (INSECURE_CAVEAT, *caveats) if insecure else caveats
 
 
@@ -258,7 +266,8 @@ class Stream:
         """The next ``count`` bytes of the keystream."""
         return self._encryptor.update(b"\x00" * _count(count))
 
-    def _words(self, count: int) -> npt.NDArray[np.uint64]:
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """``uint64[count]`` of independent uniform bits."""
         # Little-endian whatever the machine, so that a run resumes elsewhere with the same numbers.
         return np.frombuffer(self.bytes(8 * _count(count)), dtype="<u8").astype(np.uint64, copy=False)
 
@@ -267,7 +276,7 @@ class Stream:
 
         For a probability q, P(u < q) lies in [q, q + 2**-53).
         """
-        integers = (self._words(count) >> np.uint64(11)).astype(np.float64)
+        integers = (self.words(count) >> np.uint64(11)).astype(np.float64)
         values: npt.NDArray[np.float64] = np.maximum(integers, 0.5) * 2.0**-53
         return values
 
@@ -277,7 +286,7 @@ class Stream:
         Taking the quantile in the lower half only keeps full precision in both tails and the law exactly symmetric.
         No value exceeds 8.3 in magnitude (``TAIL_CAVEAT``).
         """
-        words = self._words(count)
+        words = self.words(count)
         lower_half = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-53
         magnitude = -ndtri(lower_half)
         values: npt.NDArray[np.float64] = np.where(words & np.uint64(1), magnitude, -magnitude)

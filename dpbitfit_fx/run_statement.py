@@ -38,6 +38,8 @@ def comparable(mechanism: Mapping[str, Any]) -> dict[str, Any]:
         "rates": [plan["sample_rate"] for plan in plans],
         "steps": [plan["steps"] for plan in plans[:-1]],
         "shortened": mechanism["shortened"],
+        # A run that changed over would say of all its steps what holds for some.
+        "noise": mechanism["statement"].get("noise", "float"),
     }
 
 

@@ -8,6 +8,8 @@
                 or   R / n with keep also asking n^2 > 1e-24   (AUTO-V)
                 a layer with ghosts (``ghost_sum``): n_l at least 1/100 of their bound, keep also asking |G|^2 + |A|^2 < 1e40
     out [D]   = accumulator + [1, B] @ [B, D] of (where(keep, c_l, 0), where(keep, G, 0)), block by block
+                on the grid of unit g: accumulator + sum_b trunc(where(keep, G, 0) * where(keep, c_l (1 - 2^-20) / g, 0)),
+                whole numbers in float64, so the sum is exact
 
 Guarantee: adding or removing one row changes ``out`` by at most R = sqrt(sum_l R_l^2) in L2 in real numbers; what float32
 rounding adds to it, ``numerics.slack``, the noise pays for. The loss output is dropped: it is private and never released.
@@ -42,6 +44,11 @@ def clip(joint: JointGraph) -> JointGraph:
         layers = clipping.layers([t.name for t in joint.targets])
     except ValueError as error:
         raise CompileRefused(str(error)) from error
+    if joint.noise is not None and joint.grid and not joint.noise.noise_multiplier > 0:
+        raise CompileRefused(
+            f"noise_multiplier must be a positive finite number, got {joint.noise.noise_multiplier!r}: the grid is a share "
+            "of the noise."
+        )
     graph, _mapping = copy_graph(joint.module)
     output = graph.output_node()
     gradients: Any = output.args[0][1:]  # type: ignore[index]
@@ -129,7 +136,7 @@ class _Tail:
         sums = [
             side.weighted(column, weights[layer])
             if isinstance(side, GhostSum)
-            else self.call(aten.mm.default, weights[layer], self.call(aten.where.ScalarOther, column, side, 0.0))
+            else self.weighted(weights[layer], self.call(aten.where.ScalarOther, column, side, 0.0))
             for (layer, _), side in zip(runs, sides, strict=True)
         ]
         whole = sums[0] if len(sums) == 1 else self.call(aten.cat.default, sums, 1)
@@ -166,13 +173,21 @@ class _Tail:
             sane = self.call(aten.logical_and.default, sane, below)
         return self.call(aten.logical_and.default, self.call(aten.ne.Scalar, mask, 0), sane)
 
+    def weighted(self, weights: fx.Node, rows: fx.Node) -> fx.Node:
+        """``[1, D']``: the weighted sum; on the grid every weighted row is rounded toward zero before it is added."""
+        if not self.joint.grid:
+            return self.call(aten.mm.default, weights, rows)
+        whole = self.call(aten.trunc.default, self.call(aten.mul.Tensor, rows, weights))
+        return self.call(aten.unsqueeze.default, self.call(aten.sum.dim_IntList, whole, [0]), 0)
+
     def weights(self, keep: fx.Node, squared: fx.Node, bound: float) -> fx.Node:
-        """``where(keep, c, 0)`` as ``[1, B]``."""
+        """``where(keep, c, 0)`` as ``[1, B]``; on the grid in its units, and as ``[B, 1]``."""
         below = self.call(aten.sqrt.default, squared)
         if isinstance(self.clipping, AutomaticClipping):
             below = self.call(aten.add.Scalar, below, self.clipping.gamma)
         elif type(self.clipping) is not AutoVClipping:
             below = self.call(aten.clamp_min.default, below, bound)
-        factor = self.call(aten.mul.Scalar, self.call(aten.reciprocal.default, below), bound)
+        factor = self.call(aten.mul.Scalar, self.call(aten.reciprocal.default, below), self.joint.factor(bound))
         kept = self.call(aten.where.ScalarOther, keep, factor, 0.0)
-        return self.call(aten.unsqueeze.default, self.call(aten._to_copy.default, kept, dtype=self.joint.flat_dtype), 0)
+        narrow = self.call(aten._to_copy.default, kept, dtype=self.joint.flat_dtype)
+        return self.call(aten.unsqueeze.default, narrow, int(self.joint.grid))

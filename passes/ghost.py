@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import PassError
+from .errors import CompileRefused, PassError
 from .ghost_sum import Ghost
 from .joint_graph import Extent, JointGraph, copy_graph, finish
 from .lengths import Sizes, sizes_of
@@ -61,6 +61,12 @@ class _Rows:
 def ghost(joint: JointGraph) -> JointGraph:
     """``(loss, gradient or factors ...)``; the report says for every large gradient which and why."""
     choice = joint.source.ghost_norms if joint.source is not None else None
+    if joint.grid:
+        if choice:
+            raise CompileRefused(
+                "noise='grid' rounds each record's gradient, and ghost_norms=True makes none. Leave ghost_norms out."
+            )
+        choice = False
     graph, _ = copy_graph(joint.module)
     output = graph.output_node()
     results: Any = output.args[0]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .clipping import Clipping
-from .numerics import noise_scale
+from .numerics import GRID_BITS, grid_factor, grid_unit, noise_scale
 
 
 class Role(enum.Enum):
@@ -115,10 +115,17 @@ class Noise:
 
     noise_multiplier: float
     expected_batch_size: float
+    grid: bool = False  # sums and noise are whole numbers of ``unit``, in float64: see ``numerics``
 
     def scale(self, clipping: Clipping) -> float:
-        """``sigma R (1 + slack)``: see ``numerics``."""
+        """``sigma R (1 + slack)``, on the grid at least sigma R: see ``numerics``."""
+        if self.grid:
+            return math.ldexp(self.unit(clipping), GRID_BITS)
         return noise_scale(self.noise_multiplier, clipping.sensitivity, self.expected_batch_size)
+
+    def unit(self, clipping: Clipping) -> float:
+        """The grid's unit g."""
+        return grid_unit(self.noise_multiplier, clipping.sensitivity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +237,19 @@ class JointGraph:
 
     @property
     def flat_dtype(self) -> torch.dtype:
-        """The dtype of the flat gradient: float64 for float64 trainables, else float32."""
-        return torch.float64 if any(t.dtype == torch.float64 for t in self.targets) else torch.float32
+        """The dtype of the flat gradient: float64 for float64 trainables and on the grid, else float32."""
+        wide = self.grid or any(t.dtype == torch.float64 for t in self.targets)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def grid(self) -> bool:
+        return self.noise is not None and self.noise.grid
+
+    def factor(self, bound: float) -> float:
+        """What a layer's clip factor is multiplied by: its bound R_l, or that in units of the grid."""
+        if self.noise is None or self.clipping is None or not self.noise.grid:
+            return bound
+        return grid_factor(self.noise.noise_multiplier, self.clipping.sensitivity, bound)
 
     def with_role(self, role: Role) -> list[Input]:
         return [i for i in self.inputs if i.role is role]

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 ARITY: dict[Any, int] = {
     aten.reciprocal.default: 1,
     aten.sqrt.default: 1,
+    aten.trunc.default: 1,
     aten.t.default: 1,
     aten._to_copy.default: 1,
     aten.where.ScalarOther: 3,

@@ -2,12 +2,14 @@
 
 z is an explicit input, drawn by the host from N(0, I) by a secure generator; sigma, R, the numeric
 slack (``numerics``) and the denominator are public constants baked into the graph. There is no random operator in the graph.
+On the grid z is ``round(2^24 N(0, I))``, exactly drawn, and ``out = (sum + z) * g / expected_batch_size`` in its unit g.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -34,7 +36,12 @@ def add_noise(joint: JointGraph) -> JointGraph:
     with graph.inserting_after(last):
         z = graph.placeholder("noise")
     with graph.inserting_before(output):
-        scaled = graph.call_function(aten.mul.Scalar, (z, noise.scale(clipping)))
-        noisy = graph.call_function(aten.add.Tensor, (output.args[0][0], scaled))  # type: ignore[index]
+        total: Any = output.args[0][0]  # type: ignore[index]
+        if noise.grid:
+            units = graph.call_function(aten.add.Tensor, (total, z))
+            noisy = graph.call_function(aten.mul.Scalar, (units, noise.unit(clipping)))
+        else:
+            scaled = graph.call_function(aten.mul.Scalar, (z, noise.scale(clipping)))
+            noisy = graph.call_function(aten.add.Tensor, (total, scaled))
         output.args = ((graph.call_function(aten.div.Scalar, (noisy, noise.expected_batch_size)),),)
     return dataclasses.replace(joint, module=finish(graph), inputs=(*joint.inputs, Input(z.name, Role.NOISE, "noise")))

@@ -47,8 +47,12 @@ def split(joint: JointGraph) -> tuple[JointGraph, JointGraph]:
     accumulator, z = tail.placeholder("accumulator"), tail.placeholder("noise")
     div = joint.outputs[0]
     noisy = div.args[0]
-    scaled = tail.call_function(aten.mul.Scalar, (z, noisy.args[1].args[1]))
-    total = tail.call_function(aten.add.Tensor, (accumulator, scaled))
+    if joint.grid:
+        units = tail.call_function(aten.add.Tensor, (accumulator, z))
+        total = tail.call_function(aten.mul.Scalar, (units, noisy.args[1]))
+    else:
+        scaled = tail.call_function(aten.mul.Scalar, (z, noisy.args[1].args[1]))
+        total = tail.call_function(aten.add.Tensor, (accumulator, scaled))
     tail.output((tail.call_function(aten.div.Scalar, (total, div.args[1])),))
     ends = (Input("accumulator", Role.ACCUMULATOR, "accumulator"), Input("noise", Role.NOISE, "noise"))
     second = dataclasses.replace(

@@ -18,6 +18,7 @@ from torch import fx
 from . import ghost_template
 from .clipping import KINDS, SMALLEST_SQUARED_NORM, AutomaticClipping, AutoVClipping, Layer
 from .errors import SealBroken
+from .grid_template import match_rounded, match_units
 from .joint_graph import JointGraph, Role
 from .matching import as_list, constant, expect, public_sizes
 
@@ -44,7 +45,7 @@ def single_output(joint: JointGraph) -> Any:
 
 
 def match_noise(joint: JointGraph) -> fx.Node:
-    """Matches ``(sum + z * sigma R (1 + slack)) / N`` at the output and returns the node ``sum``."""
+    """Matches ``(sum + z * sigma R (1 + slack)) / N`` at the output, on the grid ``(sum + z) * g / N``; returns ``sum``."""
     if joint.noise is None or joint.clipping is None:
         raise SealBroken("The graph carries no noise scale; it cannot be sealed.")
     if joint.noise.noise_multiplier <= 0:
@@ -52,13 +53,21 @@ def match_noise(joint: JointGraph) -> fx.Node:
     known_layers(joint)
     div = expect(single_output(joint), aten.div.Scalar, "denominator")
     constant(div.args[1], joint.noise.expected_batch_size, "denominator")
+    if joint.noise.grid:
+        noisy = match_units(joint, div.args[0])
+        placeholder(joint, Role.NOISE, noisy.args[1], 1, "noise")
+        return once(noisy.args[0])
     noisy = expect(div.args[0], aten.add.Tensor, "noise")
     scaled = expect(noisy.args[1], aten.mul.Scalar, "noise")
     constant(scaled.args[1], joint.noise.scale(joint.clipping), "noise scale sigma * R * (1 + slack)")
     placeholder(joint, Role.NOISE, scaled.args[0], 1, "noise")
-    if not isinstance(noisy.args[0], fx.Node) or len(noisy.args[0].users) != 1:
+    return once(noisy.args[0])
+
+
+def once(total: Any) -> fx.Node:
+    if not isinstance(total, fx.Node) or len(total.users) != 1:
         raise SealBroken("noise: the clipped sum is used a second time besides the noisy output.")
-    return noisy.args[0]
+    return total
 
 
 def known_layers(joint: JointGraph) -> tuple[Layer, ...]:
@@ -209,16 +218,16 @@ def match_sum(joint: JointGraph, total: Any, batch: fx.Node) -> list[Block]:
 
 def match_block(joint: JointGraph, piece: Any, start: int, batch: fx.Node) -> Block:
     """``[1, B] @ [B, D']`` over the gradients of the targets from number ``start`` on, or the ghost sum of one."""
-    if isinstance(piece, fx.Node) and piece.target is aten.reshape.default:
+    if isinstance(piece, fx.Node) and piece.target is aten.reshape.default and not joint.grid:
         if start >= len(joint.targets):
             raise SealBroken(f"gradients: more than {len(joint.targets)} for as many trainables; one was added.")
         ghost = ghost_template.match_sum(piece, joint.targets[start].numel, batch, public_sizes(joint))
         return Block([start], ghost.weights, ghost.column, ghost.sources, ghost=ghost)
-    product = expect(piece, aten.mm.default, "weighted sum")
-    rows = expect(product.args[1], aten.where.ScalarOther, "non-finite rows")
+    left, right = match_rounded(piece) if joint.grid else reversed(expect(piece, aten.mm.default, "weighted sum").args)
+    rows = expect(left, aten.where.ScalarOther, "non-finite rows")
     constant(rows.args[2], 0.0, "non-finite rows")
     column = expect(rows.args[0], aten.unsqueeze.default, "non-finite rows", users=None)
-    weights = expect(product.args[0], aten.unsqueeze.default, "weights", users=None)
+    weights = expect(right, aten.unsqueeze.default, "weights", users=None)
     side = rows.args[1]
     if isinstance(side, fx.Node) and side.target is aten._to_copy.default:
         values = expect(side, aten._to_copy.default, "gradients", users=None, dtype=joint.flat_dtype)
@@ -250,7 +259,7 @@ def match_weights(joint: JointGraph, weights: fx.Node, bound: float, keep: Any, 
     """``unsqueeze(where(keep, R / below(norm), 0), 0)``, read once by every block; returns the squared norm [B]."""
     clipping = joint.clipping
     expect(weights, aten.unsqueeze.default, "weights", users=blocks)
-    constant(weights.args[1], 0, "weights")
+    constant(weights.args[1], int(joint.grid), "weights")
     narrow = expect(weights.args[0], aten._to_copy.default, "weights", dtype=joint.flat_dtype)
     kept = expect(narrow.args[0], aten.where.ScalarOther, "weights")
     constant(kept.args[2], 0.0, "weights")
@@ -258,7 +267,7 @@ def match_weights(joint: JointGraph, weights: fx.Node, bound: float, keep: Any, 
     if kept.args[0] is not keep:
         raise SealBroken("weights: the weights and the rows do not drop the same samples.")
     factor = expect(kept.args[1], aten.mul.Scalar, "clip factor")
-    constant(factor.args[1], bound, "clip factor R")
+    constant(factor.args[1], joint.factor(bound), "clip factor R")
     below = expect(factor.args[0], aten.reciprocal.default, "clip factor").args[0]
     if isinstance(clipping, AutomaticClipping):
         below = expect(below, aten.add.Scalar, "clip factor")
