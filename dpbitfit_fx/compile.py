@@ -282,7 +282,9 @@ class PrivateStep:
         """``{name: [*shape]}``: the sum of clipped gradients of the rows with a non-zero mask; sensitivity R. PRIVATE."""
         size = self._batch_leaves(batch)[0].shape[0]
         mask = torch.ones(size, device=self.device) if sample_mask is None else sample_mask
-        return self.unflatten(self.accumulate(batch, mask, self.zero_accumulator(), dropout_masks))
+        total = self.accumulate(batch, mask, self.zero_accumulator(), dropout_masks)
+        noise = self.joint.noise
+        return self.unflatten(total * noise.unit(self.clipping) if noise is not None and noise.grid else total)
 
     def accumulate(
         self,

@@ -88,6 +88,7 @@ class Torch:
     precision: str = "float32"
     wide: bool = False
     ranks: int = 1
+    noise: str = "float"
 
     def why_not(self) -> str | None:
         if self.ranks > 1 and os.name != "posix":
@@ -138,6 +139,7 @@ class Torch:
                     clipping=side.clipping,
                     backend=self.backend,
                     precision=self.precision,
+                    noise=self.noise,
                     optimizer=optimizer,
                     learning_rate=RATE,
                     output_dir=folder,
@@ -273,6 +275,7 @@ def _stretched(value: Any, length: int) -> Tensor:
 ENGINES: dict[str, Engine] = {
     "eager float32": Torch(wide=True),
     "eager float32, 2 ranks": Torch(ranks=2),
+    "eager grid": Torch(wide=True, noise="grid"),
     "eager bf16": Torch(precision="bf16", wide=True),
     "onnx float32": Onnx("onnx"),
     "ort_training float32": Onnx("ort_training"),

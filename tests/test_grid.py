@@ -164,6 +164,8 @@ def test_what_is_released_is_the_sum_and_the_streams_rounded_normals_in_units_ov
     assert unit <= scale <= unit * (1 + Fraction(1, 2**50))
     for given, s, n in zip(released.tolist(), total.tolist(), z.tolist(), strict=True):
         assert given == pytest.approx(float((int(s) + n) * scale / 2**GRID_BITS / int(N)), rel=1e-15)
+    by_name = update.clipped_sum({"x": torch.ones(1, 4), "y": torch.ones(1).long(), "weight": torch.full((1,), 1e6)})
+    assert torch.cat([x.flatten() for x in by_name.values()]).norm() == pytest.approx(R, rel=2e-6), "not in units"
     halves = torch.full_like(total, 0.5)
     for accumulator, noise in ((total, halves), (total + halves, total)):
         with pytest.raises(CompileRefused, match="whole numbers"):

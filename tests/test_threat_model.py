@@ -23,7 +23,7 @@ def test_every_test_that_the_threat_model_names_exists() -> None:
 
 def test_every_pitfall_has_a_severity_and_a_test() -> None:
     rows = [
-        line for line in PAGE.split("## Pitfalls")[1].split("## What is not")[0].splitlines() if line.startswith("|")
+        line for line in PAGE.split("## Pitfalls")[1].split("\n## ")[0].splitlines() if line.startswith("|")
     ]
     for row in rows[2:]:
         _, pitfall, severity, how, held, _ = (cell.strip() for cell in row.split("|"))
