@@ -45,7 +45,8 @@ class Engine:
         parallel_batches: how many physical batches are computed at once, each on its share of torch's threads.
 
     Guarantee: `clipped_sum(rows)` changes by at most max_grad_norm (L2, in real numbers) when one row is added or
-    removed; `private_gradient` adds noise exactly once, whatever the number of physical batches, none included.
+    removed; `private_gradient` adds noise exactly once, whatever the number of physical batches, none included. With
+    noise="grid" the sum is in units of the grid, whole numbers in float64, and the bound holds for what is computed.
     """
 
     def __init__(
@@ -159,6 +160,10 @@ def build_engine(
     """One step for all padded lengths, or one for each, and the batches: everything of `fit` that touches a gradient.
 
     `sampler` draws over the records that are really there; the other arguments are those of `fit`.
+
+    Raises:
+        CompileRefused: the model is refused; or noise="grid" cannot count so many records, or the machine's kernels give a
+            record other bits at other places of a physical batch.
     """
     # Through the package, so that importing the submodule does not leave `dpbitfit_fx.compile` bound to a module.
     compile_step: Callable[..., PrivateStep] = dpbitfit_fx.__getattr__("compile")
