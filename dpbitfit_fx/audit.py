@@ -55,6 +55,7 @@ _STEP = (
     "clipping",
     "backend",
     "precision",
+    "memory_budget",
     "public_tensors",
     "collate_fn",
     "padded_lengths",

@@ -375,6 +375,7 @@ def compile(  # the name users of torch.compile expect
     dropout: bool = False,
     disable: str | Sequence[str] = (),
     precision: str = "float32",
+    memory_budget: float = 1.0,
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     observer: Observer | None = None,
 ) -> PrivateStep:
@@ -393,11 +394,14 @@ def compile(  # the name users of torch.compile expect
     Otherwise modules with dropout run in eval mode.
     ``disable`` switches optimizations off by name; each leaves the numbers as they are but for rounding: ``"refusion"``
     (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
-    ``"saved_inputs"`` (what the backward pass does not need is not kept for it) and, of the eager backend,
-    ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()``
-    tells its size). ``precision="bf16"`` multiplies
-    with frozen weights in bfloat16 and does all else in float32, the clip and its sums included: about half the time on a
-    CPU that has such products, the same sensitivity, gradients rounded to about three digits.
+    ``"saved_inputs"`` (what the backward pass does not need is not kept for it), ``"recompute"`` (below) and, of the eager
+    backend, ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest;
+    ``report()`` tells its size). ``precision="bf16"`` multiplies with frozen weights in bfloat16 and does all else in
+    float32, the clip and its sums included: about half the time on a CPU that has such products, the same sensitivity,
+    gradients rounded to about three digits.
+    ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
+    weights not counted. Below 1, values are computed again instead of kept, the cheapest first, until it is met; 0 asks for
+    the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. Exports do not have it.
     ``dynamic_shapes`` says, as for ``torch.export``, which dimensions have the padded length, a **public** number:
     ``{"input_ids": {1: T}, "attention_mask": {1: T}}`` with ``T = torch.export.Dim("T", min=8, max=128)``. One graph then
     serves every length from min to max; by default the length is that of ``example_batch``.
@@ -405,7 +409,7 @@ def compile(  # the name users of torch.compile expect
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
     disable = (disable,) if isinstance(disable, str) else tuple(disable)
-    check_lowering(backend, disable, precision)
+    check_lowering(backend, disable, precision, memory_budget)
     if not isinstance(model, torch.nn.Module):
         raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
     if (noise_multiplier is None) != (expected_batch_size is None):
@@ -435,6 +439,7 @@ def compile(  # the name users of torch.compile expect
         ghost_norms,
         dropout,
         length,
+        memory_budget,
     )
     # The caller's modes are not the model's: captured under no_grad it would have no gradient.
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False)

@@ -151,6 +151,7 @@ def build_engine(
     backend: str = "eager",
     precision: str = "float32",
     noise: str = "float",
+    memory_budget: float = 1.0,
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -189,6 +190,7 @@ def build_engine(
             clipping=clipping,
             backend=backend,
             precision=precision,
+            memory_budget=memory_budget,
             public_tensors=public_tensors,
             **options,
         )

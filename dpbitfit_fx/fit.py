@@ -100,6 +100,7 @@ def fit(
     backend: str = "eager",
     precision: str = "float32",
     noise: str = "float",
+    memory_budget: float = 1.0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
@@ -145,7 +146,8 @@ def fit(
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
         parallel_batches: physical batches computed at once, each on its share of torch's threads: faster where they are small
             (CPU and backend="eager" only), for the memory of so many. Sums are the same but for rounding.
-        trainable, exclude, add_bias, clipping, backend, precision: as in `compile`. Default clipping: AutomaticClipping(1.0).
+        trainable, exclude, add_bias, clipping, backend, precision, memory_budget: as in `compile`. Default clipping:
+            AutomaticClipping(1.0).
             Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
             to it: `eval_fn` and callbacks see them, and it comes back with them.
@@ -272,6 +274,7 @@ def fit(
                         backend=backend,
                         precision=precision,
                         noise=noise,
+                        memory_budget=memory_budget,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,

@@ -24,8 +24,10 @@ OPTIMIZATIONS = (*OPTIONS, "packed_weights")
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check_lowering(backend: str, disable: Collection[str], precision: str = "float32") -> None:
-    """Raises CompileRefused for a backend, an optimization or a precision that does not exist (here), and says what does."""
+def check_lowering(
+    backend: str, disable: Collection[str], precision: str = "float32", memory_budget: float = 1.0
+) -> None:
+    """Raises CompileRefused for a backend, optimization, precision or budget that does not exist (here), and says what does."""
     if backend not in BACKENDS:
         raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend == "inductor" and not any(
@@ -41,6 +43,12 @@ def check_lowering(backend: str, disable: Collection[str], precision: str = "flo
             raise CompileRefused(
                 f"Unknown optimization {name!r} in disable; those that can be switched off: {', '.join(OPTIMIZATIONS)}."
             )
+    number = isinstance(memory_budget, (int, float)) and not isinstance(memory_budget, bool)
+    if not (number and 0.0 <= memory_budget <= 1.0):
+        raise CompileRefused(
+            f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
+            "value is computed twice)."
+        )
     if precision not in PRECISIONS:
         raise CompileRefused(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision == "bf16":

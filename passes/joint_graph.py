@@ -192,6 +192,7 @@ class Source:
     ghost_norms: bool | None = None
     dropout: bool = False
     length: DynamicLength | None = None
+    memory_budget: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

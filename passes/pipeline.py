@@ -16,6 +16,7 @@ from .ghost import ghost
 from .joint_graph import Fact, JointGraph, Source, TrailEntry
 from .meaning import check_meaning
 from .noise import add_noise
+from .recompute import recompute
 from .refusion import refuse_operators
 from .saved_inputs import drop_saved_inputs
 from .seal import seal, seal_partial
@@ -47,7 +48,10 @@ RELEASE = (
     Pass("add_noise", add_noise, needs=frozenset({Fact.PARTIAL}), gives=frozenset({Fact.NOISED})),
     Pass("seal", seal, needs=frozenset({Fact.NOISED}), gives=frozenset({Fact.SEALED})),
 )
-LOWERING = (Pass("saved_inputs", drop_saved_inputs, needs=frozenset({Fact.PARTIAL}), option="saved_inputs"),)
+LOWERING = (
+    Pass("saved_inputs", drop_saved_inputs, needs=frozenset({Fact.PARTIAL}), option="saved_inputs"),
+    Pass("recompute", recompute, needs=frozenset({Fact.PARTIAL}), option="recompute"),
+)
 OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING) if item.option)
 # The meaning is checked once per model; what follows runs again for every noise.
 MEANING = 1 + [item.name for item in PIPELINE].index("check_meaning")

@@ -17,7 +17,7 @@ from dpbitfit_fx.passes.torch_private import LINEAR
 
 
 class Net(nn.Module):
-    """Something for each of them: a linear layer to fuse and to pack, tokens nobody reads, a ReLU."""
+    """Something for each of them: a linear layer to fuse and to pack, tokens nobody reads, a ReLU, values to keep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def model() -> Net:
 
 
 def compiled(model: nn.Module, disable: Any = ()) -> dpb.PrivateStep:
-    return dpb.compile(model, loss, BATCH, disable=disable, noise_multiplier=1.0, expected_batch_size=5.0)
+    return dpb.compile(model, loss, BATCH, disable=disable, memory_budget=0.5, noise_multiplier=1.0, expected_batch_size=5.0)
 
 
 def did(step: dpb.PrivateStep) -> set[str]:
@@ -51,6 +51,7 @@ def did(step: dpb.PrivateStep) -> set[str]:
         "refusion": any(name == "re-fuse" for name, *_ in report.passes),
         "dead_tokens": any(line.startswith("dead tokens: 1 of 6") for line in report.optimized),
         "saved_inputs": any(line.startswith("saved inputs: 2 ReLU") for line in report.optimized),
+        "recompute": any(line.startswith("recompute: ") for line in report.optimized),
         "packed_weights": bool(report.packed) and any(n.target is LINEAR for n in nodes),
     }
     assert traces.keys() == set(OPTIMIZATIONS)

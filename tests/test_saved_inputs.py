@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
@@ -60,19 +60,6 @@ def targets(step: dpb.PrivateStep) -> list[Any]:
 
 def total(step: dpb.PrivateStep, batch: Any) -> Tensor:
     return step.accumulate(batch, torch.ones(batch[0].shape[0]), step.zero_accumulator())
-
-
-def peak_bytes(run: Callable[[], Any], folder: Path) -> int:
-    """The most that torch's allocator had handed out at once, beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    live = most = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"])):
-        live += int(event["args"]["Bytes"])
-        most = max(most, live)
-    return most
 
 
 def test_convolutions_pools_and_relus_keep_none_of_their_inputs() -> None:
