@@ -30,6 +30,17 @@ def check_lowering(
     """Raises CompileRefused for a backend, optimization, precision or budget that does not exist (here), and says what does."""
     if backend not in BACKENDS:
         raise CompileRefused(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    number = isinstance(memory_budget, (int, float)) and not isinstance(memory_budget, bool)
+    if not (number and 0.0 <= memory_budget <= 1.0):
+        raise CompileRefused(
+            f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
+            "value is computed twice)."
+        )
+    if memory_budget < 1.0 and backend != "eager":
+        raise CompileRefused(
+            "memory_budget below 1 chooses by the order in which backend='eager' runs the nodes; Inductor fuses and orders them "
+            "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager'."
+        )
     if backend == "inductor" and not any(
         shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c
     ):
@@ -43,12 +54,6 @@ def check_lowering(
             raise CompileRefused(
                 f"Unknown optimization {name!r} in disable; those that can be switched off: {', '.join(OPTIMIZATIONS)}."
             )
-    number = isinstance(memory_budget, (int, float)) and not isinstance(memory_budget, bool)
-    if not (number and 0.0 <= memory_budget <= 1.0):
-        raise CompileRefused(
-            f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
-            "value is computed twice)."
-        )
     if precision not in PRECISIONS:
         raise CompileRefused(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision == "bf16":
@@ -115,7 +120,8 @@ def _version(x: torch.Tensor) -> int:
 class Lowered:
     """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
 
-    Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`).
+    Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`); within a memory budget below
+    1, values are computed again for it (:mod:`passes.recompute`).
     eager: products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds
     ``"packed_weights"``, with ``precision="bf16"`` as bfloat16. inductor: torch.compile, one graph for every batch size.
 

@@ -3,16 +3,17 @@
     h = f(x)  ...  g' = f'(g, h)        ->        h = f(x)  ...  h' = f(x);  g' = f'(g, h')        x is kept, h is not
 
 ``compile(memory_budget=)`` says what share of the step's peak may stay: 1, the default, changes nothing. What is kept across
-the point where most bytes are alive is a cut of the graph, as in torch's own partitioner: every path from the inputs to a
+the point where most bytes are alive is a cut of the graph: every path from the inputs to a
 reader behind that point passes a value that is kept (its bytes) or starts at one that is computed again (its work times a
 price). The least such cut of each price is found by networkx; a high price keeps everything, a low one only what many
 values come from. Between two prices, nodes change sides from the inputs on: the last values are read first. Of all these,
 the cheapest that stays in the budget is taken; where none does, the one with the lowest peak. The peak of each is that of
 its order of nodes on the example batch (``live_values``).
 
-Only what stands before the clip is touched, by nodes from the list below, so that the sealed graph, its hash and its exports
-are those before this lowering, and the numbers are the same bit for bit: the same operators on the same values. What
-draws random numbers, or adds up in an order of its own, is never computed again.
+Only what stands before the clip is touched; the sealed graph, its hash and its exports are those before this lowering. The
+numbers are the same bit for bit: the same operators on the same values. Views, pointwise operators and those of ``AGAIN`` may be
+computed again, and none that draws random numbers or that may add up in another order each time.
+Source: the min-cut partitioner of torch, He and Yu, "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware", MLSys 2023.
 """
 
 from __future__ import annotations
@@ -68,9 +69,6 @@ AGAIN = {
     aten.clone.default,
     aten.reshape.default,
     aten.repeat.default,
-    aten.arange.default,
-    aten.arange.start_step,
-    aten.scalar_tensor.default,
     aten.full.default,
     *(getattr(aten, f"{name}_like").default for name in ("zeros", "ones", "full")),
     *(getattr(aten, f"new_{name}").default for name in ("zeros", "ones", "full")),

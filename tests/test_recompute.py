@@ -18,6 +18,7 @@ from small_models import Middle, Sandwich, losses, none_below, points
 from torch import Tensor, fx, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx import lowering
 from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import facts, packing, recompute
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role, copy_graph, finish
@@ -216,10 +217,14 @@ def test_a_random_operator_is_not_doubled(blind: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(LINEAR is None, reason="this build of torch has no oneDNN")
-def test_repeated_products_share_their_packed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_repeated_products_share_their_packed_weight(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
     monkeypatch.setattr(packing, "can_pack", lambda: True)
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
     monkeypatch.setattr(packing, "SMALLEST", 1)
-    plain, less = (Lowered(compiled("encoder", b).partial, "eager") for b in (1.0, 0.0))
+    plain, less = (Lowered(compiled("encoder", b).partial, "eager", (), precision) for b in (1.0, 0.0))
     assert [p.target for p in less.packs] == [p.target for p in plain.packs]
     assert calls(less.joint)[LINEAR] > calls(plain.joint)[LINEAR] > 0
     given = list(words(5)), torch.ones(5), compiled("encoder", 1.0).zero_accumulator()
@@ -250,3 +255,8 @@ def test_fit_within_a_budget_ends_at_the_same_biases_bit_for_bit() -> None:
 def test_a_budget_that_is_no_share_is_refused(budget: Any) -> None:
     with pytest.raises(dpb.CompileRefused, match=r"memory_budget is .*: give a number from 0 .* to 1"):
         dpb.compile(encoder(1), losses, words(), memory_budget=budget)
+
+
+def test_a_budget_is_refused_for_a_backend_that_orders_nodes_by_itself() -> None:
+    with pytest.raises(dpb.CompileRefused, match=r"memory_budget below 1 .*Inductor .*use backend='eager'"):
+        dpb.compile(encoder(1), losses, words(), memory_budget=0.9, backend="inductor")
