@@ -13,7 +13,8 @@ its order of nodes on the example batch (``live_values``).
 Only what stands before the clip is touched; the sealed graph, its hash and its exports are those before this lowering. The
 numbers are the same bit for bit: the same operators on the same values. Views, pointwise operators and those of ``AGAIN`` may be
 computed again, and none that draws random numbers or that may add up in another order each time.
-Source: the min-cut partitioner of torch, He and Yu, "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware", MLSys 2023.
+Source: torch's min-cut partitioner; He and Yu, "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware",
+MLSys 2023.
 """
 
 from __future__ import annotations
