@@ -41,7 +41,8 @@ def _rank(rank: int, count: int, file: str, patience: float, work: Callable[[int
     except BaseException as error:
         ended = Ended(error=(type(error).__name__, str(error)))
     report.send_bytes(pickle.dumps(ended))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def together(count: int, work: Callable[[int], Any], patience: float = PATIENCE) -> list[Ended]:

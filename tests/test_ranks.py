@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fit_cases import (
     PHASES,
     RECORDS,
@@ -33,10 +36,10 @@ from torch import Tensor, nn
 from dpbitfit_fx.biases import load_biases
 from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CheckpointError
-from dpbitfit_fx.fit import FitResult
+from dpbitfit_fx.fit import FitResult, fit
 from dpbitfit_fx.privacy_statement import PrivacyStatement
 from dpbitfit_fx.randomness import SecretKey
-from dpbitfit_fx.ranks import Ranks
+from dpbitfit_fx.ranks import Ranks, torchrun_group
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -153,14 +156,14 @@ def test_rank_0_alone_draws_noise_and_calls_back_and_the_shares_are_each_record_
 def test_the_key_travels_to_nobody_and_what_does_is_as_small_as_the_trained_parameters() -> None:
     def work(rank: int) -> list[bytes]:
         sent: list[bytes] = []
-        send = torch.distributed.send
+        send = dist.send
 
         def watched(tensor: Tensor, *args: Any) -> None:
             sent.append(tensor.numpy().tobytes())
             send(tensor, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.distributed, "send", watched)
+            patch.setattr(dist, "send", watched)
             run(None, model=mlp(4, 500))
         return sent
 
@@ -362,9 +365,24 @@ def test_a_single_process_of_a_group_is_alone_and_a_message_without_a_group_is_n
     assert torch.equal(one.value[0], biases(alone.model)) and one.value[1] == alone.statement.backend == "pytorch eager"
 
 
+def test_what_torchrun_started_is_one_group_while_it_lasts_and_nothing_else_is() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> tuple[bool, str, bool]:
+        dist.destroy_process_group()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update({"TORCHELASTIC_RUN_ID": "any", "WORLD_SIZE": "2", "RANK": str(rank), **address})
+        with torchrun_group() as first:
+            backend = run(None, max_steps=2).statement.backend
+        return first, backend, dist.is_initialized()
+
+    found = [ended.value for ended in together(2, work)]
+    assert found == [(True, "pytorch eager, 2 ranks", False), (False, "pytorch eager, 2 ranks", False)]
+    with torchrun_group() as first:
+        assert first and not dist.is_initialized()
+
+
 def test_fit_is_documented_without_the_ranks_that_it_is_given() -> None:
-    import inspect
-
-    import dpbitfit_fx
-
-    assert next(iter(inspect.signature(dpbitfit_fx.fit).parameters)) == "model"
+    assert next(iter(inspect.signature(fit).parameters)) == "model"
