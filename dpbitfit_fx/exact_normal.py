@@ -65,13 +65,21 @@ class _Karney:
             less[tie], more[tie] = mine[-1] < theirs[len(mine) - 1], mine
         return less, more
 
-    def half(self, count: int) -> Flags:
-        """Algorithm H: True with probability exp(-1/2), where 1/2 > u1 > u2 > .. goes on for an even number of terms."""
+    def falling(
+        self,
+        fresh: Words,
+        less: Flags,
+        more: dict[int, list[int]],
+        passes: Callable[[Places], Flags] = lambda at: np.ones(len(at), dtype=np.bool_),
+    ) -> Flags:
+        """Whether u1 > u2 > .. goes on for an even number of terms. ``fresh``, ``less``, ``more``: u1, and how it compared with
+        what it has to be below. ``passes``: a further test of each term, by place."""
+        count = len(fresh)
         even, at = np.ones(count, dtype=np.bool_), np.arange(count)
-        last, fresh = _Uniforms(np.empty(count, dtype=np.uint64)), self.digits(count)
-        less, more = fresh < _ONE << np.uint64(self.digit - 1), dict[int, list[int]]()
+        last = _Uniforms(np.empty(count, dtype=np.uint64))
         while True:
             chosen = np.flatnonzero(less)
+            chosen = chosen[passes(at[chosen])]
             at = at[chosen]
             if not len(at):
                 return even
@@ -79,6 +87,11 @@ class _Karney:
             last.put(at, fresh[chosen], _picked(more, chosen))
             fresh = self.digits(len(at))
             less, more = self.less(fresh, at, last)
+
+    def half(self, count: int) -> Flags:
+        """Algorithm H: True with probability exp(-1/2), where 1/2 > u1 > u2 > .. goes on for an even number of terms."""
+        fresh = self.digits(count)
+        return self.falling(fresh, fresh < _ONE << np.uint64(self.digit - 1), {})
 
     def integers(self, count: int) -> npt.NDArray[np.int64]:
         """Step 1: k = 0, 1, .. with probability exp(-k/2) (1 - exp(-1/2))."""
@@ -103,20 +116,8 @@ class _Karney:
     def bernoulli(self, lanes: Places, x: _Uniforms, k: npt.NDArray[np.int64]) -> Flags:
         """Algorithm B: True with probability exp(-x (2 k + x) / (2 k + 2)), where x > z1 > z2 > .., each also passing a
         test of probability (2 k + x) / (2 k + 2), goes on for an even number of terms."""
-        even, at = np.ones(len(lanes), dtype=np.bool_), np.arange(len(lanes))
-        last = _Uniforms(np.empty(len(lanes), dtype=np.uint64))
-        fresh = self.digits(len(at))
-        less, more = self.less(fresh, lanes, x)
-        while True:
-            chosen = np.flatnonzero(less)
-            chosen = chosen[self.selected(lanes[at[chosen]], x, k)]
-            at = at[chosen]
-            if not len(at):
-                return even
-            even[at] ^= True
-            last.put(at, fresh[chosen], _picked(more, chosen))
-            fresh = self.digits(len(at))
-            less, more = self.less(fresh, at, last)
+        fresh = self.digits(len(lanes))
+        return self.falling(fresh, *self.less(fresh, lanes, x), lambda at: self.selected(lanes[at], x, k))
 
     def selected(self, lanes: Places, x: _Uniforms, k: npt.NDArray[np.int64]) -> Flags:
         """True with probability (2 k + x) / (2 k + 2): of 2 k + 2 equal cases 2 k are true, one is false, one is u < x."""

@@ -49,7 +49,7 @@ def clip(joint: JointGraph) -> JointGraph:
             f"noise_multiplier must be a positive finite number, got {joint.noise.noise_multiplier!r}: the grid is a share "
             "of the noise."
         )
-    graph, _mapping = copy_graph(joint.module)
+    graph, mapping = copy_graph(joint.module)
     output = graph.output_node()
     gradients: Any = output.args[0][1:]  # type: ignore[index]
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -58,7 +58,7 @@ def clip(joint: JointGraph) -> JointGraph:
     with graph.inserting_after(mask):
         accumulator = graph.placeholder("accumulator")
     loss: Any = output.args[0][0]  # type: ignore[index]
-    _forget(graph, loss, joint)
+    _forget(graph, loss, mapping[joint.placeholder(joint.with_role(Role.BATCH)[0].name)])
     with graph.inserting_before(output):
         total = _Tail(graph, joint, clipping, layers).build(gradients, mask)
         output.args = ((graph.call_function(aten.add.Tensor, (accumulator, total)),),)
@@ -70,10 +70,9 @@ def clip(joint: JointGraph) -> JointGraph:
     return dataclasses.replace(joint, module=finish(graph), inputs=inputs)
 
 
-def _forget(graph: fx.Graph, loss: fx.Node, joint: JointGraph) -> None:
+def _forget(graph: fx.Graph, loss: fx.Node, batch: fx.Node) -> None:
     """The cotangent ``ones_like(loss) [B]`` reads the loss for its shape alone: as ones of the batch's size it lets the loss
     die with its output. Nothing is computed of a record that is not summed, so nothing else can fail on what it holds."""
-    batch = next(n for n in graph.find_nodes(op="placeholder") if n.name == joint.with_role(Role.BATCH)[0].name)
     for reader in list(loss.users):
         if reader.target is aten.ones_like.default and "dtype" in loss.meta:
             with graph.inserting_before(reader):
