@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 import onnxruntime as ort
-from onnx_cases import compiled
+from onnx_cases import compiled, has_ort_training
 from typer.testing import CliRunner
 
 import dpbitfit_fx as dpb
@@ -131,3 +131,27 @@ def test_cuda_multiplies_in_full_float32(export: tuple[Path, dict[str, Any]], mo
     monkeypatch.setattr(ort, "InferenceSession", Session)
     ort_device.open_session(export[0] / "grad_step.onnx", "cuda")
     assert seen == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort_training"])
+def test_a_label_that_does_not_exist_is_not_quoted_on_the_screen(
+    target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if target == "ort_training" and not has_ort_training():
+        pytest.skip("needs ONNX Runtime Training")
+    step, data = compiled("mlp")
+    folder = (dpb.export_onnx if target == "onnx" else dpb.export_ort_training)(step, tmp_path / target)
+    backend = load_artifacts(folder)
+    arrays = {name: value.numpy() for name, value in data.items()}
+    batch = batch_of(folder, arrays, slice(0, 3))
+    labels = [name for name, value in batch.items() if value.dtype == np.int64]
+    assert labels
+    backend.begin()
+    with pytest.raises(Exception, match="987654"):  # ONNX Runtime's own: what the runner says instead is tested with it
+        backend.accumulate(
+            batch | {name: np.full_like(batch[name], 987654) for name in labels},
+            np.ones(3, np.float32),
+            np.zeros(step.num_trainable, np.float32),
+        )
+    said = capfd.readouterr()
+    assert "987654" not in said.out + said.err

@@ -42,7 +42,7 @@ async function load() {
   $("check-hashes").className = "ok";
   const externalData = [];
   for (const name of exported.external) externalData.push({ path: name, data: await files.read(name) });
-  const options = { executionProviders: ["wasm"], graphOptimizationLevel: "all", logSeverityLevel: 3 };
+  const options = { executionProviders: ["wasm"], graphOptimizationLevel: "all", logSeverityLevel: 4 };
   const graphs = {
     grad: await ort.InferenceSession.create(await files.read("grad_step.onnx"), { ...options, externalData }),
     update: await ort.InferenceSession.create(await files.read("update_step.onnx"), options),

@@ -47,7 +47,7 @@ async function main() {
       return hash.digest("hex");
     },
   });
-  const options = { graphOptimizationLevel: "all", executionProviders: ["cpu"], logSeverityLevel: 3 };
+  const options = { graphOptimizationLevel: "all", executionProviders: ["cpu"], logSeverityLevel: 4 };
   const open = (name) => ort.InferenceSession.create(join(folder, name), options);
   const graphs = { grad: await open("grad_step.onnx"), update: await open("update_step.onnx") };
   const tokenize = tokenizerOf(Tokenizer, exported);
