@@ -18,7 +18,7 @@ from .joint_graph import JointGraph
 from .lengths import ADVICE, resized
 from .mixing import ROUNDING, TOLERANCE, close, mixing_refusal, takes, user_loss
 from .model_state import dropout_as_asked, untouched
-from .probes import WIDE, first_failing, length_of, probes_of, recombined, tensors_of
+from .probes import WIDE, alike, first_failing, length_of, probes_of, recombined, tensors_of, twinned, varied
 from .random_draws import example, of_row
 from .replay import replaying
 
@@ -29,14 +29,15 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     """Refuses a model that mixes samples, or whose batched loss is neither per sample nor their mean or sum."""
     assert joint.source is not None
     kinds, model = {"per sample", "mean", "sum", SILENT}, joint.source.model
-    probes = probes_of(joint.source)
+    probes, same = probes_of(joint.source), alike(tensors_of(joint.source.example_batch)[0])
     with (
         untouched(model),
         dropout_as_asked(model, joint.source.dropout),
         applied(model, joint.added, joint.state),
     ):
         for batch in probes:
-            kinds &= _compare_recombined(joint, batch) if batch[0].shape[0] == WIDE else _compare_probe(joint, batch)
+            wide = batch[0].shape[0] == WIDE
+            kinds &= _compare_recombined(joint, batch, same) if wide else _compare_probe(joint, batch)
             if not kinds - {SILENT}:
                 what = "its scalar loss is neither always the mean nor always the sum"
                 raise CompileRefused(mixing_refusal(joint.source, batch, what))
@@ -51,17 +52,38 @@ def check_meaning(joint: JointGraph) -> JointGraph:
     return joint
 
 
-def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:
-    """The probe with its ids and masks recombined; as it is, where there are none or the model does not take them."""
+def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor], same: list[int]) -> set[str]:
+    """The probe with its ids and masks recombined, and what is the ``same`` in all rows of the example made to differ.
+
+    Each of it only where the model takes it, so that its refusal of a value that it cannot know is not held against it.
+    """
     assert joint.source is not None
-    other = recombined(batch)
-    if other is not None:
+
+    def kinds_of(probe: list[torch.Tensor]) -> set[str] | None:
+        """None where the model does not take the probe."""
+        assert joint.source is not None
         try:
-            return _compare_probe(joint, other)
+            return _compare_probe(joint, probe)
         except CompileRefused:
-            if takes(joint.source, other):
+            if takes(joint.source, probe):
                 raise
-    return _compare_probe(joint, batch)
+            return None
+
+    def differing(base: list[torch.Tensor], at: list[int]) -> list[torch.Tensor]:
+        return [twinned(varied(x)) if i in at else x for i, x in enumerate(base)]
+
+    base = recombined(batch) or batch
+    if same and (found := kinds_of(differing(base, same))) is not None:
+        return found
+    each = [found for i in same if (found := kinds_of(differing(batch, [i]))) is not None] if len(same) > 1 else []
+    if len(same) == len(batch) and not each:
+        raise CompileRefused(
+            "All rows of example_batch are the same, and the model takes none of the other values that were tried, so it "
+            "cannot show whether samples mix. Give rows that differ (made up or public, never private)."
+        )
+    if base is batch or (found := kinds_of(base)) is None:
+        found = _compare_probe(joint, batch)
+    return found.intersection(*each)
 
 
 def _compare_probe(joint: JointGraph, batch: list[torch.Tensor]) -> set[str]:

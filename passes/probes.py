@@ -35,8 +35,9 @@ def probes_of(source: Source) -> list[list[torch.Tensor]]:
 
 
 def twinned(x: torch.Tensor) -> torch.Tensor:
-    """The last row is the first once more: what mixes equal rows alone (counts of duplicates) shows on no others."""
-    return torch.cat([x[:-1], x[:1]])
+    """The second and the last row are the first once more: what mixes equal rows alone (counts of duplicates) shows on no
+    others. Kernels round the last rows of a batch otherwise than the first, so that only neighbours surely stay equal."""
+    return torch.cat([x[:1], x[:1], x[2:-1], x[:1]])
 
 
 def tensors_of(batch: Any) -> tuple[list[torch.Tensor], list[str]]:
@@ -64,6 +65,24 @@ def recombined(batch: list[torch.Tensor]) -> list[torch.Tensor] | None:
             chosen[x.shape] = twinned(torch.randint(rows, x.shape, generator=generator))
         out.append(x.gather(0, chosen[x.shape].to(x.device)))
     return out if chosen else None
+
+
+def alike(batch: list[torch.Tensor]) -> list[int]:
+    """Which tensors hold the same in every row: of what mixes through them, nothing shows."""
+    return [i for i, x in enumerate(batch) if x.dim() and bool((x == x[:1]).all())]
+
+
+def varied(x: torch.Tensor) -> torch.Tensor:
+    """Another value in every row: floats with noise added; integers and booleans drawn from those that the tensor holds, and
+    0 or 1 where it holds but one. The model may take none of it: its refusal then means nothing."""
+    generator = torch.Generator().manual_seed(2)  # made-up data, as above
+    if x.dtype.is_floating_point:
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        return x + 0.3 * noise * (float(x.abs().mean().nan_to_num(0.0)) or 1.0)
+    values: torch.Tensor = torch.unique(x)
+    if len(values) == 1:
+        values = torch.cat([values, (values == 0).to(x.dtype)])
+    return values[torch.randint(len(values), x.shape, generator=generator).to(x.device)]
 
 
 def perturbed(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -11,7 +11,7 @@ from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes.probes import recombined
+from dpbitfit_fx.passes.probes import alike, recombined, twinned, varied
 
 
 class BatchNormInside(nn.Module):
@@ -159,3 +159,75 @@ def test_a_mask_moves_with_the_ids_that_it_covers_and_labels_stay() -> None:
     assert torch.equal(made[0] % 5, ids % 5) and torch.equal(made[1], made[0] % 3 > 0)
     assert torch.equal(made[2], torch.arange(4)) and made[3] is x
     assert recombined([x, torch.arange(4)]) is None
+
+
+def zeros(rows: int = 4) -> tuple[Tensor, Tensor]:
+    """The laziest example batch: no row differs from another."""
+    return torch.zeros(rows, 6), torch.zeros(rows, dtype=torch.long)
+
+
+def weighted(reduce: Any) -> Any:
+    return lambda model, batch: reduce(losses(model, batch[:2]), batch[2])
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch"),
+    [
+        (contrast, zeros()),
+        (BAD_LOSSES["weighted by class counts"][0], (torch.rand(4, 6), torch.zeros(4, dtype=torch.long))),
+        (over_class_two, (torch.rand(4, 6), torch.full((4,), 2))),
+        (weighted(lambda each, w: (each * w).sum() / w.sum()), (*points(4), torch.ones(4))),
+        (
+            weighted(lambda each, w: (each * w).sum() / w.sum().clamp(min=1)),
+            (*points(4), torch.ones(4, dtype=torch.bool)),
+        ),
+    ],
+    ids=["zeros", "one class", "one class with a gradient", "equal weights", "all of them counted"],
+)
+def test_what_mixes_through_a_value_that_all_example_rows_share_is_refused(loss: Any, batch: Any) -> None:
+    assert "does not mean the same sample by sample" in refusal(Sandwich(), loss, batch)
+    dpb.compile(Sandwich(), losses, batch[:2])  # the control: of the same rows, with a loss of its own for each
+
+
+def test_batch_statistics_are_refused_though_the_example_is_all_zeros() -> None:
+    message = refusal(Sandwich(BatchNormInside()), losses, zeros())
+    assert "The first module whose output for a sample depends on the others is middle (BatchNormInside)" in message
+
+
+class OneToken(nn.Module):
+    """Takes no other token than 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Any:
+        if not torch.compiler.is_exporting() and bool((ids != 5).any()):
+            raise ValueError("an unknown token")
+        return self.head(ids.float())
+
+
+def test_a_model_that_takes_no_other_values_is_judged_by_what_still_differs_between_rows() -> None:
+    ids = torch.full((4, 4), 5)
+    dpb.compile(OneToken(), losses, (ids, torch.arange(4) % 3))
+    only_one_label = lambda m, b: losses(m, b) / (b[1] == 1)  # noqa: E731 - no finite loss of another
+    assert "All rows of example_batch are the same" in refusal(
+        OneToken(), only_one_label, (ids, torch.ones(4).long())
+    )
+
+
+def test_values_that_all_rows_share_are_made_to_differ_and_others_stay() -> None:
+    batch = [
+        torch.zeros(4, 6),
+        torch.rand(4, 6),
+        torch.ones(4, 5, dtype=torch.bool),
+        torch.full((4,), 7),
+        torch.arange(4),
+    ]
+    assert alike(batch) == [0, 2, 3]
+    for at in alike(batch):
+        made = varied(batch[at])
+        assert made.dtype == batch[at].dtype and made.shape == batch[at].shape and alike([made]) == []
+    assert set(varied(batch[3]).tolist()) == {0, 7}
+    rows = twinned(torch.arange(17))
+    assert rows[0] == rows[1] == rows[16] and rows[2:16].tolist() == list(range(2, 16))
