@@ -338,6 +338,6 @@ def _fingerprint(manifest: Mapping[str, Any], plan: Plan, key: SecretKey, record
         "schedules": schedules,
         "physical_batch_size": list(plan.physical_batch_sizes),
         "padded_lengths": {path: list(lengths) for path, lengths in records.lengths.items()},
-        "pad_values": records.pad_values,
+        "pad_values": {path: repr(float(value)) for path, value in records.pad_values.items()},  # NaN is not equal to NaN
         "insecure": key.insecure,
     }

@@ -50,7 +50,7 @@ def test_releases_of_whole_runs_of_fit_on_neighbours_are_at_most_r_over_the_deno
         ("eager float32, 2 ranks", "mlp", True),
         ("eager grid", "text", True),
         ("eager bf16", "sequences", False),
-        ("onnx float32", "mlp", True),
+        ("onnx float32", "sequences", True),
     ],
     ids=name,
 )
