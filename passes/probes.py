@@ -72,17 +72,34 @@ def alike(batch: list[torch.Tensor]) -> list[int]:
     return [i for i, x in enumerate(batch) if x.dim() and bool((x == x[:1]).all())]
 
 
-def varied(x: torch.Tensor) -> torch.Tensor:
-    """Another value in every row: floats with noise added; integers and booleans drawn from those that the tensor holds, and
-    0 or 1 where it holds but one. The model may take none of it: its refusal then means nothing."""
-    generator = torch.Generator().manual_seed(2)  # made-up data, as above
+def varied(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Another value in every row: floats with noise of their own size added; integers and booleans drawn from those that the
+    tensor holds, and 0 or 1 where it holds but one. The model may take none of it: its refusal then means nothing."""
     if x.dtype.is_floating_point:
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        return x + 0.3 * noise * (float(x.abs().mean().nan_to_num(0.0)) or 1.0)
+        noise, spread = torch.randn(x.shape, generator=generator).to(x), float(x.float().std().nan_to_num(0.0))
+        return x + noise * (spread or 0.3 * (float(x.abs().mean().nan_to_num(0.0)) or 1.0))
     values: torch.Tensor = torch.unique(x)
     if len(values) == 1:
         values = torch.cat([values, (values == 0).to(x.dtype)])
     return values[torch.randint(len(values), x.shape, generator=generator).to(x.device)]
+
+
+def monotonous(batch: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Two rows of one id each, from the start, the middle and the end of theirs; none without ids.
+
+    What a model remembers of a batch is the same for all batches that hold a token of every row, the largest say.
+    """
+    ids = [not x.dtype.is_floating_point and x.dim() > 1 and x.numel() > 0 and int(x.max()) > 1 for x in batch]
+    if not any(ids):
+        return []
+
+    def filled(x: torch.Tensor, place: int) -> torch.Tensor:
+        column = place * (x.shape[1] - 1) // 2
+        return x[:, column : column + 1].expand_as(x).clone()
+
+    return [
+        [filled(x[:2], place) if has else x[:2] for x, has in zip(batch, ids, strict=True)] for place in (0, 1, 2)
+    ]
 
 
 def perturbed(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

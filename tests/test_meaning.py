@@ -11,7 +11,7 @@ from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes.probes import alike, recombined, twinned, varied
+from dpbitfit_fx.passes.probes import alike, monotonous, recombined, twinned, varied
 
 
 class BatchNormInside(nn.Module):
@@ -226,8 +226,35 @@ def test_values_that_all_rows_share_are_made_to_differ_and_others_stay() -> None
     ]
     assert alike(batch) == [0, 2, 3]
     for at in alike(batch):
-        made = varied(batch[at])
+        made = varied(batch[at], torch.Generator().manual_seed(0))
         assert made.dtype == batch[at].dtype and made.shape == batch[at].shape and alike([made]) == []
-    assert set(varied(batch[3]).tolist()) == {0, 7}
+    assert set(varied(batch[3], torch.Generator().manual_seed(0)).tolist()) == {0, 7}
     rows = twinned(torch.arange(17))
     assert rows[0] == rows[1] == rows[16] and rows[2:16].tolist() == list(range(2, 16))
+
+
+class RemembersTheLargest(SharedToken):
+    """Divides by the largest token of the batch before: the same number for all batches with a token that every row holds."""
+
+    largest = 19.0
+
+    def forward(self, ids: Tensor) -> Any:
+        before = self.largest
+        if not torch.compiler.is_exporting():
+            self.largest = float(ids.max())
+        return self.head(self.embed(ids).mean(1) / before)
+
+
+def test_a_model_that_remembers_what_all_example_rows_share_is_refused() -> None:
+    ids, labels = shared_token()
+    model = RemembersTheLargest()
+    model.largest = float(ids.max())
+    assert "does not mean the same sample by sample" in refusal(model, losses, (ids, labels))
+
+
+def test_two_rows_are_made_of_one_id_each_and_masks_stay() -> None:
+    ids, mask = torch.arange(20).view(4, 5), torch.ones(4, 5, dtype=torch.long)
+    made = monotonous([ids, mask, torch.rand(4, 5)])
+    assert [x.tolist() for x, _, _ in made] == [[[i] * 5, [i + 5] * 5] for i in (0, 2, 4)]
+    assert all(x.tolist() == mask[:2].tolist() for _, x, _ in made)
+    assert monotonous([torch.rand(4, 5), torch.arange(4)]) == []
