@@ -493,8 +493,8 @@ def _spoiled(x: torch.Tensor, others: list[int], values: tuple[float, ...]) -> t
 def check_rows(step: PrivateStep, lengths: Sequence[int] = ()) -> None:
     """Perturbation of what finally runs (design §4): with one row unmasked, the others may be anything, bit for bit.
 
-    The row may also stand anywhere: twins in other places contribute the same, up to the rounding of kernels that split
-    a batch. With a dynamic length: at the lengths given, else at every one that is to be checked.
+    The row may also stand anywhere: twins in other places, and in batches of another size, contribute the same, up to the
+    rounding of kernels that split a batch. With a dynamic length: at the lengths given, else at every one that is to be checked.
     """
     dynamic = step.dynamic_length
     if dynamic is None:
@@ -514,10 +514,10 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
     example = _contributing_first(step, example)
     spoils = SPOILS if any(x.dtype.is_floating_point for x in example) else SPOILS[:1]  # integers become 0 in each
     seen: list[torch.Tensor] = []
+    alone: dict[int, torch.Tensor] = {}  # by the example's row: the same in every place of a batch of any size
     for size, period, rows in ((3, example[0].shape[0], (0, 1, 2)), (8, 2, (0, 1, 4, 7))):
         index = torch.arange(size) % period
         leaves = [x[index.to(x.device)] for x in example]
-        alone: dict[int, torch.Tensor] = {}
         for row in rows:
             others = [i for i in range(size) if i != row]
             flipped = torch.arange(size)
@@ -543,8 +543,8 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
             seen.append(twin)
             if bool((results[0] - twin).abs().max() > tolerance(results[0], twin)):
                 raise SealBroken(
-                    "After lowering, one sample's contribution changes with its place in the batch: the backend or a "
-                    "pass mixes rows. The step is refused."
+                    "After lowering, one sample's contribution changes with its place in the batch, or with the "
+                    "batch's size: the backend or a pass mixes rows. The step is refused."
                 )
     mask = torch.ones(example[0].shape[0], device=step.device)
     with torch.no_grad():
