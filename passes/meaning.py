@@ -18,18 +18,7 @@ from .joint_graph import JointGraph
 from .lengths import ADVICE, resized
 from .mixing import ROUNDING, TOLERANCE, close, mixing_refusal, takes, user_loss
 from .model_state import dropout_as_asked, untouched
-from .probes import (
-    WIDE,
-    alike,
-    first_failing,
-    length_of,
-    monotonous,
-    probes_of,
-    recombined,
-    tensors_of,
-    twinned,
-    varied,
-)
+from .probes import WIDE, alike, differing, first_failing, length_of, monotonous, probes_of, recombined, tensors_of
 from .random_draws import example, of_row
 from .replay import replaying
 
@@ -66,13 +55,12 @@ def check_meaning(joint: JointGraph) -> JointGraph:
 def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor], same: list[int]) -> set[str]:
     """The probe with its ids and masks recombined and its floats far from the example's; and what is the ``same`` in all rows
     of the example made to differ. Each of it only where the model takes it: it cannot know every value."""
-    assert joint.source is not None
     base = recombined(batch) or batch
-    floats = [i for i, x in enumerate(batch) if x.dtype.is_floating_point]
+    at = {*same, *(i for i, x in enumerate(batch) if x.dtype.is_floating_point)}
     found = [k for few in monotonous(batch) if (k := _compare_taken(joint, few)) is not None]
-    if (far := _compare_taken(joint, _differing(base, {*floats, *same}))) is not None:
+    if at and (far := _compare_taken(joint, differing(base, at))) is not None:
         return far.intersection(*found)
-    each = [k for i in same if (k := _compare_taken(joint, _differing(batch, {i}))) is not None]
+    each = [k for i in same if (k := _compare_taken(joint, differing(batch, {i}))) is not None]
     if len(same) == len(batch) and not each:
         raise CompileRefused(
             "All rows of example_batch are the same, and the model takes none of the other values that were tried, so it "
@@ -80,11 +68,6 @@ def _compare_recombined(joint: JointGraph, batch: list[torch.Tensor], same: list
         )
     near = None if base is batch else _compare_taken(joint, base)
     return (_compare_probe(joint, batch) if near is None else near).intersection(*found, *each)
-
-
-def _differing(batch: list[torch.Tensor], at: set[int]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)  # made-up data
-    return [twinned(varied(x, generator)) if i in at else x for i, x in enumerate(batch)]
 
 
 def _compare_taken(joint: JointGraph, probe: list[torch.Tensor]) -> set[str] | None:

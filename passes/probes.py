@@ -72,6 +72,12 @@ def alike(batch: list[torch.Tensor]) -> list[int]:
     return [i for i, x in enumerate(batch) if x.dim() and bool((x == x[:1]).all())]
 
 
+def differing(batch: list[torch.Tensor], at: set[int]) -> list[torch.Tensor]:
+    """The batch with the tensors ``at`` these places :func:`varied`."""
+    generator = torch.Generator().manual_seed(2)  # made-up data, as above
+    return [twinned(varied(x, generator)) if i in at else x for i, x in enumerate(batch)]
+
+
 def varied(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Another value in every row: floats with noise of their own size added; integers and booleans drawn from those that the
     tensor holds, and 0 or 1 where it holds but one. The model may take none of it: its refusal then means nothing."""
