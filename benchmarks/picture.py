@@ -8,7 +8,7 @@ from typing import Any
 from .models import MODELS
 from .systems import SYSTEMS
 
-AXES = {"size": "", "rows": "rows (B)", "layers": "layers"}
+AXES = {"size": "", "rows": "rows", "layers": "layers"}
 
 
 def _megabytes(value: float | None) -> str:
@@ -84,7 +84,8 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
                     part.minorticks_off()
                     part.grid(alpha=0.3)
                 figure.legend(*time.get_legend_handles_labels(), loc="outside right center", fontsize="small")
-                figure.suptitle(MODELS[model].what)
+                same = ", ".join(f"{cases[0][k]} {v or MODELS[model].axis}" for k, v in AXES.items() if k != axis and cases[0][k])
+                figure.suptitle(f"{MODELS[model].what}, {same}")
                 path = folder / f"{model}-{axis}.svg"
                 figure.savefig(path, metadata={"Date": None})
                 written.append(path)
@@ -92,10 +93,10 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _series(cases: list[dict[str, Any]], axis: str) -> list[list[dict[str, Any]]]:
-    """Cases that differ in this axis alone, three or more, the largest such set; at most one per model and axis."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for case in cases:
+    """Cases that differ in this axis alone: the set with most values of it, three at least. Of twins, the one of more systems."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for case in sorted(cases, key=lambda c: len(c["systems"])):
         if case[axis] is not None:
-            groups.setdefault(tuple(case[k] for k in AXES if k != axis), []).append(case)
-    best = max(groups.values(), key=len, default=[])
-    return [sorted(best, key=lambda c: int(c[axis]))] if len({c[axis] for c in best}) >= 3 else []
+            groups.setdefault(tuple(case[k] for k in AXES if k != axis), {})[case[axis]] = case
+    best = max(groups.values(), key=len, default={})
+    return [[best[value] for value in sorted(best)]] if len(best) >= 3 else []

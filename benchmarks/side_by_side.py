@@ -94,7 +94,7 @@ def measure(case: dict[str, Any], options: argparse.Namespace, progress: Progres
     failed: dict[str, str] = {}
     floor = None
     try:
-        for name in (*options.systems, *(["floor"] if options.device == "cpu" else [])):
+        for name in (*(["floor"] if options.device == "cpu" else []), *options.systems):
             progress.update(task, description=f"{case['model']} {case['rows']} x {case['size']}: starting {name}")
             try:
                 worker = Worker(name, options, case)
