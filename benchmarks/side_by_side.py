@@ -89,13 +89,14 @@ class Worker:
 
 def measure(case: dict[str, Any], options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """All systems on one model and shape."""
-    task = progress.add_task(f"{case['model']} {case['rows']} x {case['size']}", total=None)
+    title = f"{case['model']} {case['rows']} x {case['size']}"
+    task = progress.add_task(title, total=None)
     workers: dict[str, Worker] = {}
     failed: dict[str, str] = {}
     floor = None
     try:
         for name in (*(["floor"] if options.device == "cpu" else []), *options.systems):
-            progress.update(task, description=f"{case['model']} {case['rows']} x {case['size']}: starting {name}")
+            progress.update(task, description=f"{title}: starting {name}")
             try:
                 worker = Worker(name, options, case)
             except Died as error:
@@ -108,7 +109,7 @@ def measure(case: dict[str, Any], options: argparse.Namespace, progress: Progres
                 workers[name] = worker
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
         begin = time.monotonic()
-        progress.update(task, total=options.alternations, description=f"{case['model']} {case['rows']} x {case['size']}")
+        progress.update(task, total=options.alternations, description=title)
         for turn in range(options.alternations):
             if turn >= LEAST and time.monotonic() - begin > options.seconds:
                 break

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.ort_backends import Backend, load_artifacts
+from dpbitfit_fx.ort_runner import read_manifest
 from dpbitfit_fx.randomness import SecretKey, stream
 
 from .models import Batch, Case
@@ -46,6 +48,17 @@ def _train_only(case: Case, biases: bool) -> list[nn.Parameter]:
     return [p for p in case.model.parameters() if p.requires_grad]
 
 
+def _tuning(optimizer: Any, value: Callable[[], Any]) -> Step:
+    """The step that all of torch's users write; hooks and optimizers of a privacy library are inside."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        value().backward()
+        optimizer.step()
+
+    return step
+
+
 def forward_only(case: Case) -> Step:
     loss = _loss(case)
 
@@ -62,14 +75,11 @@ def _plain(case: Case, biases: bool, compiled: bool = False, autocast: bool = Fa
     mean: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: loss(model, batch).mean()  # noqa: E731
     run = torch.compile(mean) if compiled else mean
 
-    def step() -> None:
-        optimizer.zero_grad()
+    def value() -> Tensor:
         with torch.autocast(case.batch["labels"].device.type, dtype=torch.bfloat16, enabled=autocast):
-            value = run(case.model, case.batch)
-        torch.autograd.backward(value)
-        optimizer.step()
+            return run(case.model, case.batch)
 
-    return step
+    return _tuning(optimizer, value)
 
 
 def _hooked(case: Case) -> nn.Module:
@@ -92,12 +102,7 @@ def _opacus(case: Case, biases: bool) -> Step:
         expected_batch_size=len(case.batch["labels"]),
     )
 
-    def step() -> None:
-        optimizer.zero_grad()
-        torch.autograd.backward(loss(model, case.batch).mean())
-        optimizer.step()
-
-    return step
+    return _tuning(optimizer, lambda: loss(model, case.batch).mean())
 
 
 def _opacus_ghost(case: Case) -> Step:
@@ -121,12 +126,7 @@ def _opacus_ghost(case: Case) -> Step:
 
     criterion = ghost.DPLossFastGradientClipping(model, optimizer, Criterion())
 
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(case.forward(model, case.batch), case.batch).backward()
-        optimizer.step()
-
-    return step
+    return _tuning(optimizer, lambda: criterion(case.forward(model, case.batch), case.batch))
 
 
 def vmap_grad(case: Case) -> Step:
@@ -178,12 +178,7 @@ def _fastdp(case: Case, biases: bool) -> Step:
     optimizer = torch.optim.SGD(trained, lr=RATE)
     engine.attach(optimizer)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(case.model, case.batch).mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return step
+    return _tuning(optimizer, lambda: loss(case.model, case.batch).mean())
 
 
 def _compiled(case: Case, **options: Any) -> dpb.PrivateStep:
@@ -253,16 +248,20 @@ def unclipped(case: Case) -> Step:
     return run
 
 
+def load_export(
+    export: Callable[..., Path], step: dpb.PrivateStep, folder: Path, batch: Batch
+) -> tuple[Backend, dict[str, Any]]:
+    """Exports the step to the folder; what runs it, and the batch as it takes it."""
+    export(step, folder)
+    manifest = read_manifest(folder)
+    given = {entry["name"]: batch[entry["path"]].numpy() for entry in manifest["batch_inputs"]}
+    return load_artifacts(folder, manifest), given
+
+
 def in_onnxruntime(case: Case) -> Step:
     """The plain export in ONNX Runtime, a whole logical step of one micro-batch, as the torch-free runner takes it."""
-    from dpbitfit_fx.ort_backends import load_artifacts
-    from dpbitfit_fx.ort_runner import read_manifest
-
     step, folder = _compiled(case), tempfile.TemporaryDirectory()
-    dpb.export_onnx(step, Path(folder.name) / "export")
-    manifest = read_manifest(Path(folder.name) / "export")
-    backend = load_artifacts(Path(folder.name) / "export", manifest)
-    given = {entry["name"]: case.batch[entry["path"]].numpy() for entry in manifest["batch_inputs"]}
+    backend, given = load_export(dpb.export_onnx, step, Path(folder.name) / "export", case.batch)
     mask, key, count = np.ones(len(case.batch["labels"]), np.float32), SecretKey.generate(), iter(range(10**9))
     size = step.num_trainable
     del step

@@ -26,6 +26,13 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def own_output() -> TextIO:
+    """The output that our parent reads, for us alone: what libraries print goes to the error output and answers nothing."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--system", "--model", "--device"):
@@ -34,8 +41,7 @@ def main() -> None:
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--layers", type=int)
     options = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print does not answer for us
+    answers = own_output()
     resource.setrlimit(resource.RLIMIT_DATA, (options.memory_limit, options.memory_limit))
     try:
         serve(options, answers)
