@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 import dpbitfit_fx as dpb
 from dpbitfit_fx.ort_backends import Backend, load_artifacts
 from dpbitfit_fx.ort_runner import read_manifest
+from dpbitfit_fx.passes.opaque_weights import hide_weights
 from dpbitfit_fx.randomness import SecretKey, stream
 
 from .models import Batch, Case
@@ -217,13 +218,14 @@ def _ours(case: Case, **options: Any) -> Step:
     return run
 
 
-def unclipped(case: Case) -> Step:
+def unclipped(case: Case, **options: Any) -> Step:
     """Our step without DP: in the lowered graph sum_b g[b, :] stands where sum_b c[b] g[b, :] did, [B, D] -> [D].
 
     Every gradient is summed over the batch where it is made, as ordinary tuning would, so no [B, D] is held and no norm taken.
     """
-    step, rows = _compiled(case), len(case.batch["labels"])
-    graph = step._lowered.joint.module.graph
+    step, rows = _compiled(case, **options), len(case.batch["labels"])
+    lowered = step._lowered
+    graph = lowered.joint.module.graph
     product = next(n for n in reversed(list(graph.nodes)) if n.target is torch.ops.aten.mm.default)
     masked = product.args[1]  # where(finite, cat([g_1 [B, d_1], ..], 1), 0)
     if masked.target is not torch.ops.aten.where.ScalarOther or masked.args[1].target is not torch.ops.aten.cat.default:
@@ -235,7 +237,10 @@ def unclipped(case: Case) -> Step:
     with graph.inserting_before(product):
         product.replace_all_uses_with(graph.call_function(torch.ops.aten.cat.default, (sums,)))
     graph.eliminate_dead_code()
-    step._lowered.joint.module.recompile()
+    lowered.joint.module.recompile()
+    if options.get("backend") == "inductor":
+        lowered._inputs = hide_weights(lowered.joint, [p.target for p in lowered.packs])
+        lowered._call = torch.compile(lowered._inputs.module, dynamic=True)
     optimizer = torch.optim.SGD(list(step.parameters().values()), lr=RATE)
     mask, zero = torch.ones(rows), step.zero_accumulator()
 
@@ -292,10 +297,16 @@ SYSTEMS: dict[str, System] = {
     "ours": System(_ours, "**ours**, eager"),
     "ours-bf16": System(lambda c: _ours(c, precision="bf16"), "**ours**, eager, `precision=\"bf16\"`"),
     "ours-inductor": System(lambda c: _ours(c, backend="inductor"), "**ours**, Inductor"),
+    "ours-inductor-bf16": System(
+        lambda c: _ours(c, backend="inductor", precision="bf16"), "**ours**, Inductor, `precision=\"bf16\"`"
+    ),
     "ours-onnx": System(in_onnxruntime, "**ours**, ONNX Runtime", cuda=False),
     "ours-frugal": System(lambda c: _ours(c, memory_budget=0.45), "**ours**, eager, `memory_budget=0.45`"),
     "ours-unpacked": System(lambda c: _ours(c, disable="packed_weights"), "**ours**, eager, without packed weights"),
     "ours-unclipped": System(unclipped, "ours without DP (no clip, no noise)"),
+    "ours-inductor-unclipped": System(
+        lambda c: unclipped(c, backend="inductor"), "ours without DP (no clip, no noise), Inductor"
+    ),
     "opacus-bias": System(lambda c: _opacus(c, True), "Opacus, bias only"),
     "opacus-full": System(lambda c: _opacus(c, False), "Opacus, full"),
     "opacus-ghost": System(_opacus_ghost, "Opacus, full, ghost clipping"),

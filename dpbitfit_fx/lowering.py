@@ -15,8 +15,9 @@ import torch
 from .errors import CompileRefused
 from .passes import facts
 from .passes.joint_graph import JointGraph
+from .passes.opaque_weights import hide_weights, holding
 from .passes.packing import Pack, pack, pack_weights
-from .passes.pipeline import LOWERING, OPTIONS, run
+from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
 from .passes.torch_private import has_bfloat16_products
 
 BACKENDS = ("eager", "inductor")
@@ -57,10 +58,9 @@ def check_lowering(
     if precision not in PRECISIONS:
         raise CompileRefused(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision == "bf16":
-        if backend != "eager" or "packed_weights" in names:
+        if "packed_weights" in names:
             raise CompileRefused(
-                "precision='bf16' rounds the packed frozen weights of the eager backend: it needs backend='eager', and "
-                "'packed_weights' must not be disabled."
+                "precision='bf16' rounds the packed frozen weights: 'packed_weights' must not be disabled."
             )
         if not has_bfloat16_products():
             raise CompileRefused(
@@ -122,8 +122,9 @@ class Lowered:
 
     Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`); within a memory budget below
     1, values are computed again for it (:mod:`passes.recompute`).
-    eager: products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds
-    ``"packed_weights"``, with ``precision="bf16"`` as bfloat16. inductor: torch.compile, one graph for every batch size.
+    Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
+    ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
+    every batch size; :mod:`passes.opaque_weights` gives it the packs.
 
     A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
     invisible to torch's version counter: compile again after one.
@@ -133,13 +134,18 @@ class Lowered:
         self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
     ) -> None:
         check_lowering(backend, disable, precision)
-        self.joint: JointGraph = run(LOWERING, partial, disable=disable)
+        rounding = ROUNDING if precision == "bf16" else ()
+        self.joint: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
         self.packs: tuple[Pack, ...] = ()
-        if backend == "eager" and "packed_weights" not in disable:
+        if "packed_weights" not in disable:
             self.joint, self.packs = pack_weights(self.joint, PRECISIONS[precision])
             facts.partial(self.joint)
-        module = self.joint.module
-        self._call: Any = torch.compile(module, dynamic=True) if backend == "inductor" else module
+        self._inputs = self.joint  # whose inputs the module that runs has
+        if backend == "inductor":
+            self._inputs = hide_weights(self.joint, [item.target for item in self.packs])
+        self._inductor = backend == "inductor"
+        module = self._inputs.module
+        self._call: Any = torch.compile(module, dynamic=True) if self._inductor else module
         self._held: dict[str, _Packed] = {}
 
     @property
@@ -148,9 +154,15 @@ class Lowered:
         return sum(item.bytes for item in self.packs)
 
     def __call__(self, batch: list[torch.Tensor], sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
-        values = self.joint.values(batch, {item.target: self._packed(item) for item in self.packs})
+        packs = {item.target: self._packed(item) for item in self.packs}
+        values = self._inputs.values(batch, {} if self._inductor else packs)
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
-        with torch.no_grad(), torch.autocast(sample_mask.device.type, enabled=False), float32_products():
+        with (
+            torch.no_grad(),
+            torch.autocast(sample_mask.device.type, enabled=False),
+            float32_products(),
+            holding(list(packs.values())),
+        ):
             result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]
         return result
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+from .bf16_attention import round_attention
 from .capture import capture
 from .clip import clip
 from .dead_tokens import drop_dead_tokens
@@ -52,7 +53,9 @@ LOWERING = (
     Pass("saved_inputs", drop_saved_inputs, needs=frozenset({Fact.PARTIAL}), option="saved_inputs"),
     Pass("recompute", recompute, needs=frozenset({Fact.PARTIAL}), option="recompute"),
 )
-OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING) if item.option)
+# With precision="bf16", behind the lowerings that keep every bit.
+ROUNDING = (Pass("bf16_attention", round_attention, needs=frozenset({Fact.PARTIAL}), option="bf16_attention"),)
+OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING, *ROUNDING) if item.option)
 # The meaning is checked once per model; what follows runs again for every noise.
 MEANING = 1 + [item.name for item in PIPELINE].index("check_meaning")
 DEAD = "dead_tokens"

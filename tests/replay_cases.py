@@ -14,12 +14,13 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from fit_cases import MaskedMean, mlp, scaled_loss, text_loss, text_model
+from fit_cases import MaskedAttention, MaskedMean, mlp, scaled_loss, text_loss, text_model
 from torch import Tensor, nn
 
 from dpbitfit_fx.passes.clipping import AutomaticClipping, AutoVClipping, Clipping, FlatClipping, PerLayerClipping
@@ -44,9 +45,10 @@ def masked_loss(model: Any, batch: Any) -> Tensor:
     return losses
 
 
-def _sequences(wide: bool) -> nn.Module:
+def _sequences(kind: Any, wide: bool) -> nn.Module:
     torch.manual_seed(0)
-    return MaskedMean(WIDE, WIDE) if wide else MaskedMean()
+    model: nn.Module = kind(WIDE, WIDE) if wide else kind()
+    return model
 
 
 def _point(generator: torch.Generator, index: int, wide: bool) -> dict[str, Any]:
@@ -88,7 +90,10 @@ MODELS: dict[str, Model] = {
         ("input_ids", "attention_mask"),
         {"input_ids": 7.0, "attention_mask": 0.0},
     ),
-    "sequences": Model(_sequences, masked_loss, _sequence, ("x", "mask"), {"x": math.nan, "mask": 0.0}),
+    **{
+        name: Model(partial(_sequences, kind), masked_loss, _sequence, ("x", "mask"), {"x": math.nan, "mask": 0.0})
+        for name, kind in (("sequences", MaskedMean), ("attention", MaskedAttention))
+    },
 }
 
 

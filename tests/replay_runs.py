@@ -279,7 +279,8 @@ ENGINES: dict[str, Engine] = {
     "eager bf16": Torch(precision="bf16", wide=True),
     "onnx float32": Onnx("onnx"),
     "ort_training float32": Onnx("ort_training"),
-    "inductor float32": Torch("inductor"),
+    "inductor float32": Torch("inductor", wide=True),
+    "inductor bf16": Torch("inductor", precision="bf16", wide=True),
 }
 
 

@@ -1,14 +1,22 @@
-"""backend="inductor": the same numbers from one compile, rows apart, and a whole run of fit."""
+"""backend="inductor": the same numbers from one compile, packed weights too, rows apart, and a whole run of fit."""
 
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from fit_cases import mlp, mlp_loss, run, text_loss, text_model
+from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx import lowering
+from dpbitfit_fx.passes import facts, opaque_weights, packing
+from dpbitfit_fx.passes.opaque_weights import PACKED_LINEAR, ROWS, holding
+from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="Inductor needs a C++ compiler"
@@ -47,3 +55,121 @@ def test_without_a_compiler_inductor_is_refused_and_the_way_out_named(monkeypatc
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(dpb.CompileRefused, match=r"g\+\+.*backend='eager'"):
         dpb.compile(mlp(), mlp_loss, (torch.zeros(4, 4), torch.zeros(4, dtype=torch.long)), backend="inductor")
+
+
+# -- packed weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packed products exist wherever oneDNN does; bfloat16 ones are emulated where the CPU has none."""
+    if LINEAR is None:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(packing, "can_pack", lambda: True)
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
+    yield
+
+
+class Block(nn.Module):
+    """A residual block: one product adds a bias, one adds rows, and the head is too small to pack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 96), nn.Linear(96, 96), nn.Linear(96, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.tanh(self.first(x))
+        return self.head(nn.functional.gelu(x + self.second(x)).mean(1))
+
+
+def block_loss(model: Any, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def rows(size: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 5, 64, generator=torch.Generator().manual_seed(size)), torch.arange(size) % 2
+
+
+def block(**options: Any) -> tuple[Block, dpb.PrivateStep]:
+    torch.manual_seed(0)
+    model = Block()
+    return model, dpb.compile(model, block_loss, rows(4), **options)
+
+
+def total(step: dpb.PrivateStep, batch: Any) -> Tensor:
+    return step.accumulate(batch, torch.ones(len(batch[1])), step.zero_accumulator())
+
+
+@needs_compiler
+@pytest.mark.usefixtures("with_packs")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_what_inductor_compiles_reads_packed_weights_and_follows_the_model(precision: str) -> None:
+    model, ours = block(backend="inductor", precision=precision)
+    _, eager = block(precision=precision)
+    assert ours.report().packed == eager.report().packed and len(ours.report().packed) == 3
+    for size in (1, 2, 3, 17):
+        wanted = total(eager, rows(size))
+        assert (total(ours, rows(size)) - wanted).norm() <= (1e-6 if precision == "float32" else 1e-3) * wanted.norm()
+    before = total(ours, rows(4))
+    with torch.no_grad():
+        model.second.weight.mul_(2.0)
+    fresh = total(dpb.compile(model, block_loss, rows(4), precision=precision), rows(4))
+    close = 1e-6 if precision == "float32" else 1e-3
+    assert (total(ours, rows(4)) - fresh).norm() <= close * fresh.norm() < (before - fresh).norm()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("with_packs")
+def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once() -> None:
+    _, step = block(backend="inductor", precision="bf16")
+    lowered = step._lowered
+    graph = lowered._inputs.module.graph
+    targets = [n.target for n in graph.nodes]
+    assert targets.count(PACKED_LINEAR) == 3 and LINEAR not in targets and LINEAR_ADD not in targets
+    assert not {p.target for p in lowered.packs} & {i.target for i in lowered._inputs.inputs}
+    (held,) = (n for n in graph.nodes if n.target is ROWS)
+    (gradients,) = held.args
+    assert list(gradients.users) == [held] and len(held.users) == 2  # the norm and the sum
+    facts.partial(lowered.joint)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("with_packs")
+def test_with_packs_declined_there_are_none() -> None:
+    _, step = block(backend="inductor", disable=["packed_weights"])
+    assert not step.report().packed
+    assert PACKED_LINEAR not in {n.target for n in step._lowered._inputs.module.graph.nodes}
+
+
+@pytest.mark.usefixtures("with_packs")
+def test_every_thread_reads_the_packs_that_it_holds() -> None:
+    def pack(value: float) -> Tensor:
+        return pack_linear_weight(torch.full((8, 4), value))
+
+    x, seen = torch.ones(2, 4), dict[float, float]()
+
+    def run(value: float) -> None:
+        with holding([pack(value)]):
+            together.wait()
+            seen[value] = float(PACKED_LINEAR(x, None, 0, 8)[0, 0])
+
+    together = threading.Barrier(2)
+    threads = [threading.Thread(target=run, args=(v,)) for v in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {1.0: 4.0, 2.0: 8.0}
+    with holding([pack(3.0)]):
+        with holding([pack(5.0)]):
+            assert float(PACKED_LINEAR(x, None, 0, 8)[0, 0]) == 20.0
+        assert float(PACKED_LINEAR(x, None, 0, 8)[0, 0]) == 12.0
+    with pytest.raises(IndexError):
+        PACKED_LINEAR(x, None, 0, 8)
+
+
+def test_the_operators_that_hide_packs_and_rows_are_what_torch_expects_of_one() -> None:
+    torch.library.opcheck(opaque_weights.ROWS, (torch.randn(3, 5),))
+    if LINEAR is not None:
+        with holding([pack_linear_weight(torch.randn(8, 4))]):
+            torch.library.opcheck(PACKED_LINEAR, (torch.randn(3, 4), torch.randn(8), 0, 8))

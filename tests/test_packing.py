@@ -240,7 +240,7 @@ class TestBfloat16:
         assert compiled(net(), precision="bf16").with_noise(1.0, 8.0).precision == "bf16"
 
 
-def test_bfloat16_is_refused_where_it_cannot_pay_and_for_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_refused_where_it_cannot_pay_and_without_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dpb.CompileRefused, match=r"'fp8'.*float32, bf16"):
         compiled(net(), precision="fp8")
     with pytest.raises(dpb.CompileRefused, match="'packed_weights' must not be disabled"):

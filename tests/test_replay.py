@@ -50,11 +50,12 @@ def test_releases_of_whole_runs_of_fit_on_neighbours_are_at_most_r_over_the_deno
         ("eager float32, 2 ranks", "mlp", True),
         ("eager grid", "text", True),
         ("eager bf16", "sequences", False),
+        ("inductor bf16", "attention", False),
         ("onnx float32", "sequences", True),
     ],
     ids=name,
 )
-def test_so_are_they_with_buckets_two_ranks_a_grid_bfloat16_onnx_and_a_resume_in_the_middle(
+def test_so_are_they_with_buckets_two_ranks_a_grid_bfloat16_inductor_onnx_and_a_resume_in_the_middle(
     engine: str, model: str, resume: bool
 ) -> None:
     found = compared(engine, FLAT, model, ALIGNED + 4, resume)

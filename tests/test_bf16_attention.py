@@ -1,0 +1,185 @@
+"""precision="bf16": attention in bfloat16, as products or by the fused kernel, close to float32 and clipped as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dpbitfit_fx as dpb
+from dpbitfit_fx import lowering
+from dpbitfit_fx.passes import bf16_attention, facts, packing
+from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD
+from dpbitfit_fx.passes.torch_private import LINEAR
+
+aten = torch.ops.aten
+HEADS, WIDTH = 2, 64
+
+
+@pytest.fixture(autouse=True)
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN emulates bfloat16 products on CPUs that lack them: slow, with the same numbers."""
+    if LINEAR is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(packing, "can_pack", lambda: True)
+
+
+class Attend(nn.Module):
+    """One block whose attention is told by ``kind``; queries may be fewer than keys."""
+
+    def __init__(self, kind: str = "plain", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, dtype=dtype) for _ in range(4))
+        self.head = nn.Linear(WIDTH, 2, dtype=dtype)
+
+    def forward(self, x: Tensor, real: Tensor) -> Any:
+        size, length, _ = x.shape
+        real = real.flip(1) if self.kind == "left" else real
+        q, k, v = (f(x).view(size, length, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        options: dict[str, Any] = {}
+        if self.kind == "causal":
+            options = {"is_causal": True}
+        elif self.kind == "crossed":
+            q = q[:, :, : length // 2]
+        elif self.kind == "scaled":
+            options = {"scale": 0.5}
+        elif self.kind == "padded":
+            options = {"attn_mask": real[:, None, None, :].bool()}
+        elif self.kind == "left":  # padding at the left, which sees nothing: its rows of scores are masked whole
+            before = torch.arange(length)[:, None] >= torch.arange(length)
+            options = {"attn_mask": real[:, None, None, :].bool() & before}
+        elif self.kind == "lowest":
+            options = {"attn_mask": (1 - real[:, None, None, :]) * torch.finfo(torch.float32).min}
+        elif self.kind == "biased":
+            far = torch.arange(length)[:, None] - torch.arange(length)
+            options = {"attn_mask": (-0.1 * far.abs() * torch.arange(1, HEADS + 1)[:, None, None])[None].to(x.dtype)}
+        attended = F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+        real = real[:, : attended.shape[1], None]
+        return self.head(((x[:, : attended.shape[1]] + self.out(attended)) * real).sum(1) / real.sum(1).clamp(min=1))
+
+
+KINDS = ("plain", "causal", "crossed", "scaled", "padded", "left", "lowest", "biased")
+
+
+def loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"], batch["real"]), batch["y"], reduction="none")
+
+
+def records(size: int, length: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    real = (torch.arange(length) <= (5 * torch.arange(size)[:, None] + 2) % length).to(dtype)
+    x = torch.randn(size, length, WIDTH, generator=generator, dtype=dtype)
+    return {"x": x, "real": real, "y": torch.arange(size) % 2}
+
+
+def attend(kind: str = "plain", dtype: torch.dtype = torch.float32) -> Attend:
+    torch.manual_seed(0)
+    return Attend(kind, dtype)
+
+
+def compiled(model: nn.Module, length: int = 8, **options: Any) -> dpb.PrivateStep:
+    return dpb.compile(model, loss, records(3, length), **{"precision": "bf16", **options})
+
+
+def attention(step: dpb.PrivateStep) -> list[Any]:
+    return [n for n in step._lowered.joint.module.graph.nodes if n.target in (FORWARD, BACKWARD)]
+
+
+def row(step: dpb.PrivateStep, batch: dict[str, Tensor], at: int) -> Tensor:
+    mask = torch.zeros(len(batch["y"]))
+    mask[at] = 1.0
+    return step.accumulate(batch, mask, step.zero_accumulator())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_attention_is_six_products_whose_rows_stay_close_to_float32(kind: str) -> None:
+    model = attend(kind)
+    rounded, exact = compiled(model), compiled(model, precision="float32")
+    assert attention(rounded) == [] and len(attention(exact)) == 2
+    assert "attention in bfloat16: 1 as products" in rounded.report().optimized
+    products = [n for n in rounded._lowered.joint.module.graph.nodes if n.target is aten.bmm.default]
+    others = [n for n in exact._lowered.joint.module.graph.nodes if n.target is aten.bmm.default]
+    assert len(products) == 6 + len(others)
+    for size in (1, 3, 8):
+        batch = records(size)
+        for at in range(size):
+            ours, theirs = row(rounded, batch, at), row(exact, batch, at)
+            assert torch.cosine_similarity(ours, theirs, dim=0) >= 0.999, (size, at)
+
+
+def test_without_its_own_rounding_attention_as_products_is_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rewrite in float32: what bfloat16 hides from the test above would show here."""
+    real = bf16_attention._Writer.call
+
+    def call(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dtype") is torch.bfloat16:
+            kwargs["dtype"] = torch.float32
+        args = tuple(torch.float32 if a is torch.bfloat16 else a for a in args)
+        return real(self, target, *args, **kwargs)
+
+    monkeypatch.setattr(bf16_attention._Writer, "call", call)
+    monkeypatch.setattr(lowering, "PRECISIONS", {"float32": torch.float32, "bf16": torch.float32})
+    for kind in KINDS:
+        model, batch = attend(kind), records(8)
+        ours, theirs = compiled(model), compiled(model, precision="float32")
+        assert attention(ours) == []
+        for at in range(8):
+            assert torch.allclose(row(ours, batch, at), row(theirs, batch, at), atol=1e-5), (kind, at)
+
+
+def test_long_attention_is_the_fused_kernel_in_bfloat16() -> None:
+    model = attend("padded")
+    rounded, exact = compiled(model, 512), compiled(model, 512, precision="float32")
+    assert "attention in bfloat16: 1 by the fused kernel" in rounded.report().optimized
+    forward, backward = attention(rounded)
+    assert all(x.kwargs["dtype"] is torch.bfloat16 for x in [*forward.args[:3], backward.args[0], *backward.args[1:4]])
+    batch = records(3, 512)
+    for at in range(3):
+        assert torch.cosine_similarity(row(rounded, batch, at), row(exact, batch, at), dim=0) >= 0.999
+
+
+def test_in_between_it_stays_as_it_was() -> None:
+    step = compiled(attend(), 256)
+    forward, _ = attention(step)
+    assert not any(x.kwargs.get("dtype") is torch.bfloat16 for x in forward.args[:3])
+    assert not any("attention" in line for line in step.report().optimized)
+
+
+def test_disabled_by_its_name_it_stays_as_it_was() -> None:
+    assert len(attention(compiled(attend(), disable=["bf16_attention"]))) == 2
+
+
+def test_float64_and_a_length_that_may_change_are_left_alone() -> None:
+    wide = dpb.compile(attend(dtype=torch.float64), loss, records(3, dtype=torch.float64), precision="bf16")
+    assert len(attention(wide)) == 2
+    size = torch.export.Dim("T", min=4, max=16)
+    step = compiled(attend("padded"), 16, dynamic_shapes={"x": {1: size}, "real": {1: size}})
+    assert len(attention(step)) == 2
+
+
+def test_the_sensitivity_is_the_clipping_norm_also_where_attention_overflows() -> None:
+    for kind in ("plain", "padded"):
+        step = compiled(attend(kind), clipping=dpb.FlatClipping(1e-3))
+        batch = records(8)
+        batch["x"][3] *= 1e18
+        batch["x"][4] *= 1e38
+        batch["x"][5] *= 1e-20
+        batch["x"][6, 0] = float("nan")
+        whole = step.accumulate(batch, torch.ones(8), step.zero_accumulator())
+        assert whole.isfinite().all()
+        for at in range(8):
+            assert row(step, batch, at).double().norm() <= 1e-3 * (1 + 1e-5)
+        assert row(step, batch, 6).count_nonzero() == 0
+
+
+def test_the_proved_graph_and_its_hash_stay_and_the_template_is_matched_again() -> None:
+    model = attend()
+    rounded, exact = compiled(model), compiled(model, precision="float32")
+    assert rounded.graph_hash == exact.graph_hash
+    assert rounded.partial.text() == exact.partial.text()
+    facts.partial(rounded._lowered.joint)
