@@ -22,7 +22,7 @@ from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
 from dpbitfit_fx.exact_normal import rounded_normals
 from dpbitfit_fx.parallel import check_parallel, parallel_sum
 from dpbitfit_fx.passes.clipping import Clipping
-from dpbitfit_fx.passes.numerics import GRID_BITS, fits_the_grid
+from dpbitfit_fx.passes.numerics import GRID_BITS, SLACK_PER_RECORD, fits_the_grid
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
 from dpbitfit_fx.placement import check_places
 from dpbitfit_fx.randomness import SecretKey, stream
@@ -164,7 +164,8 @@ def build_engine(
 
     Raises:
         CompileRefused: the model is refused; or noise="grid" cannot count so many records, or the machine's kernels give a
-            record other bits at other places of a physical batch.
+            record another gradient at other places of a physical batch: other bits on the grid, or more than the slack in
+            bfloat16.
     """
     # Through the package, so that importing the submodule does not leave `dpbitfit_fx.compile` bound to a module.
     compile_step: Callable[..., PrivateStep] = dpbitfit_fx.__getattr__("compile")
@@ -225,6 +226,9 @@ def build_engine(
             # Without noise every bit shows; inductor fuses the two graphs differently, so there it tries both.
             for tried in (step, made[step]) if backend == "inductor" else (step,):
                 check_places(tried, layout.on_device(example, device), size)
+    elif precision != "float32":
+        for step, example, size in zip(plain, examples, batches.sizes, strict=True):
+            check_places(step, layout.on_device(example, device), size, within=SLACK_PER_RECORD)
     return Engine(steps, batches, sampler, parallel_batches)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .joint_graph import Extent, JointGraph, copy_graph, finish
+from .joint_graph import DynamicLength, Extent, JointGraph, copy_graph, finish
 from .torch_private import arguments
 
 aten = torch.ops.aten
@@ -40,10 +40,11 @@ LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no in
 def round_attention(joint: JointGraph) -> JointGraph:
     """The same attention in bfloat16; the report says how many of which kind."""
     graph, _ = copy_graph(joint.module)
+    lengths = None if joint.source is None else joint.source.length
     writer = _Writer(graph)
     done = {"products": 0, "fused": 0}
     for node in list(graph.nodes):
-        if node.target is FORWARD and (kind := _kind(node)):
+        if node.target is FORWARD and (kind := _kind(node, lengths)):
             readers = [u for u in graph.nodes if u.target is BACKWARD and _output(u) is node]
             (writer.products if kind == "products" else writer.fused)(node, readers)
             done[kind] += 1
@@ -61,17 +62,30 @@ def _output(backward: fx.Node) -> fx.Node | None:
     return out.args[0] if out.target is operator.getitem else None
 
 
-def _kind(node: fx.Node) -> str:
-    """``products``, ``fused`` or empty: left as it is."""
+def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
+    """``products``, ``fused`` or empty: left as it is. Where T is not one number, its longest decides."""
     given = arguments(node)
     q, k, mask = given["query"], given["key"], given["attn_mask"]
     shapes = [x.meta.get("shape") for x in (q, k)]
     if None in shapes or any(x.meta.get("dtype") is not torch.float32 for x in (q, k, *([mask] if mask else []))):
         return ""
     (_, heads, t, d), (_, others, s, _) = shapes
-    if given["dropout_p"] or heads != others or any(isinstance(x, Extent) for x in (heads, t, s, d)):
+    dynamic = isinstance(t, Extent) or isinstance(s, Extent)
+    if given["dropout_p"] or heads != others or isinstance(heads, Extent) or isinstance(d, Extent):
         return ""
-    return "products" if t * s <= (SHORT * d) ** 2 else "fused" if s >= LONG else ""
+    if dynamic and given["is_causal"]:
+        return ""
+    if _longest(t, lengths) * _longest(s, lengths) <= (SHORT * d) ** 2:
+        return "products"
+    return "fused" if not dynamic and s >= LONG else ""
+
+
+def _longest(size: int, lengths: DynamicLength | None) -> float:
+    """A size at the greatest length that the step takes; sizes grow with it by a constant."""
+    if not isinstance(size, Extent) or lengths is None:
+        return size
+    short, long = lengths.captured
+    return int(size) + (size.other - int(size)) * (lengths.checked[-1] - short) / (long - short)
 
 
 class _Writer:
@@ -101,20 +115,21 @@ class _Writer:
     def products(self, node: fx.Node, readers: list[fx.Node]) -> None:
         given = arguments(node)
         query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
-        (_, heads, t, d), s = query.meta["shape"], key.meta["shape"][2]
+        _, heads, _, d = query.meta["shape"]
         scale = 1 / math.sqrt(d) if given["scale"] is None else given["scale"]
 
-        def rows(x: fx.Node, length: int) -> fx.Node:
+        def rows(x: fx.Node, length: Any) -> fx.Node:
             return self.call(aten.reshape.default, x, [-1, length, d])
 
         def turned(x: fx.Node) -> fx.Node:
             return self.call(aten.transpose.int, x, 1, 2)
 
-        def apart(x: fx.Node, length: int, width: int) -> fx.Node:
+        def apart(x: fx.Node, length: Any, width: Any) -> fx.Node:
             return self.call(aten.reshape.default, x, [-1, heads, length, width])
 
         dead: fx.Node | None = None
         with self.graph.inserting_before(node):
+            t, s = self.length(query), self.length(key)
             q = rows(self.round(self.call(aten.mul.Scalar, query, scale)), t)
             k, v = rows(self.round(key), s), rows(self.round(value), s)
             scores = self.call(aten.bmm.default, q, turned(k))
@@ -122,8 +137,8 @@ class _Writer:
                 scores = self.call(aten.add.Tensor, scores, self.causal(t, s))
             if mask is not None:
                 finite, dead = self.mask(mask)
-                scores = self.call(aten.reshape.default, scores, [-1, heads, t, s])
-                scores = self.call(aten.reshape.default, self.call(aten.add.Tensor, scores, finite), [-1, t, s])
+                scores = self.call(aten.add.Tensor, apart(scores, t, s), finite)
+                scores = self.call(aten.reshape.default, scores, [-1, t, s])
             p = self.call(aten._softmax.default, scores, -1, False)
             out = apart(self.widen(self.call(aten.bmm.default, p, v)), t, d)
             if dead is not None:
@@ -141,6 +156,11 @@ class _Writer:
                 dv = self.widen(self.call(aten.bmm.default, turned(p), g))
                 self.replace(reader, [apart(dq, t, d), apart(dk, s, d), apart(dv, s, d)])
         self.replace(node, [out])
+
+    def length(self, x: fx.Node) -> Any:
+        """T of ``[M, H, T, d]``."""
+        size = x.meta["shape"][2]
+        return self.call(aten.sym_size.int, x, 2) if isinstance(size, Extent) else size
 
     def causal(self, t: int, s: int) -> fx.Node:
         """[T, S]: LOWEST above the diagonal, where a query would look ahead."""

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fit_cases import mlp, mlp_loss
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
+from dpbitfit_fx.fit import fit
+from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import bf16_attention, facts, packing
 from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD
 from dpbitfit_fx.passes.torch_private import LINEAR
@@ -154,12 +157,27 @@ def test_disabled_by_its_name_it_stays_as_it_was() -> None:
     assert len(attention(compiled(attend(), disable=["bf16_attention"]))) == 2
 
 
-def test_float64_and_a_length_that_may_change_are_left_alone() -> None:
+def between(shortest: int, longest: int) -> dict[str, Any]:
+    size = torch.export.Dim("T", min=shortest, max=longest)
+    return {"dynamic_shapes": {"x": {1: size}, "real": {1: size}}}
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "left"])
+def test_one_graph_for_every_length_rounds_attention_where_the_longest_is_short(kind: str) -> None:
+    model = attend(kind)
+    rounded, exact = (compiled(model, 16, precision=p, **between(4, 16)) for p in ("bf16", "float32"))
+    assert attention(rounded) == [] and len(attention(exact)) == 2
+    for length in (4, 7, 16):
+        batch = records(3, length)
+        for at in range(3):
+            assert torch.cosine_similarity(row(rounded, batch, at), row(exact, batch, at), dim=0) >= 0.999
+    assert len(attention(compiled(attend(), 16, **between(4, 256)))) == 2
+
+
+def test_float64_and_a_causal_mask_of_no_fixed_length_are_left_alone() -> None:
     wide = dpb.compile(attend(dtype=torch.float64), loss, records(3, dtype=torch.float64), precision="bf16")
     assert len(attention(wide)) == 2
-    size = torch.export.Dim("T", min=4, max=16)
-    step = compiled(attend("padded"), 16, dynamic_shapes={"x": {1: size}, "real": {1: size}})
-    assert len(attention(step)) == 2
+    assert len(attention(compiled(attend("causal"), 16, **between(4, 16)))) == 2
 
 
 def test_the_sensitivity_is_the_clipping_norm_also_where_attention_overflows() -> None:
@@ -183,3 +201,38 @@ def test_the_proved_graph_and_its_hash_stay_and_the_template_is_matched_again() 
     assert rounded.graph_hash == exact.graph_hash
     assert rounded.partial.text() == exact.partial.text()
     facts.partial(rounded._lowered.joint)
+
+
+def test_fit_refuses_a_physical_batch_in_which_a_flipped_last_bit_of_bfloat16_outweighs_the_slack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, error = Lowered.__call__, 0.0
+
+    def by_place(self: Lowered, batch: list[Tensor], mask: Tensor, total: Tensor) -> Tensor:
+        """As a kernel whose last rows are computed by another routine, in batches of 5."""
+        result = real(self, batch, mask, total)
+        return result * (1 + error) if len(mask) == 5 and bool(mask[-1]) else result
+
+    monkeypatch.setattr(Lowered, "__call__", by_place)
+
+    def trained(size: int, precision: str = "bf16") -> Any:
+        return fit(
+            mlp(64, 64),
+            mlp_loss,
+            [(torch.randn(64), i % 2) for i in range(20)],
+            noise_multiplier=1.0,
+            target_delta=1e-3,
+            max_steps=1,
+            expected_batch_size=10,
+            physical_batch_size=size,
+            precision=precision,
+        )
+
+    trained(5)
+    error = 1e-7
+    trained(5)
+    error = 4e-5
+    trained(8)
+    with pytest.raises(dpb.CompileRefused, match=r"batch of 5.*4e-05 of max_grad_norm.*multiples of 8"):
+        trained(5)
+    trained(5, "float32")  # whose kernels' last bits are small; compile refuses large differences
