@@ -292,16 +292,37 @@ class PrivateStep:
         sample_mask: torch.Tensor,
         accumulator: torch.Tensor,
         dropout_masks: Mapping[str, torch.Tensor] | None = None,
+        prefix: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``accumulator + clipped sum`` [D], a new tensor; secret until :meth:`privatize` (PARTIAL seal).
 
-        ``dropout_masks``: of :meth:`dropout_masks`, where the step was compiled with dropout.
+        ``dropout_masks``: of :meth:`dropout_masks`, where the step was compiled with dropout. ``prefix``: of
+        :meth:`frozen_prefix`, each record's own row of each tensor; then what lies before the first trainable is not
+        computed again.
         """
         leaves = self._leaves(batch, dropout_masks)
         if sample_mask.shape != (leaves[0].shape[0],):
             raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
         self._check_flat(accumulator, "accumulator")
-        return self._lowered(leaves, sample_mask, accumulator)
+        return self._lowered(leaves, sample_mask, accumulator, prefix)
+
+    def frozen_prefix(self, batch: Any) -> tuple[torch.Tensor, ...]:
+        """What no trainable reaches and the rest of the step reads: tensors [B, ..], row b a function of record b. PRIVATE.
+
+        Raises :class:`CompileRefused` where there is nothing of the kind: train the last blocks only
+        (``exclude=["*layer.[0-3].*"]``).
+        """
+        self._lowered.prefix_reads()  # refuses where there is none
+        return self._lowered.prefix(self._leaves(batch))
+
+    def check_prefix(self, lengths: Sequence[int] = ()) -> None:
+        """:func:`check_rows` of the step in two parts, each record's prefix computed at another place than the rest is."""
+
+        def in_parts(batch: list[torch.Tensor], mask: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+            kept = self._lowered.prefix([x.flip(0) for x in batch])
+            return self._lowered(batch, mask, total, [x.flip(0) for x in kept])
+
+        check_rows(self, lengths, in_parts)
 
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """``(accumulator + noise_scale * noise) / expected_batch_size`` [D], ``noise ~ N(0, I)`` [D]: may leave (SEALED)."""
@@ -490,21 +511,24 @@ def _spoiled(x: torch.Tensor, others: list[int], values: tuple[float, ...]) -> t
     return garbage
 
 
-def check_rows(step: PrivateStep, lengths: Sequence[int] = ()) -> None:
+def check_rows(
+    step: PrivateStep, lengths: Sequence[int] = (), run: Callable[..., torch.Tensor] | None = None
+) -> None:
     """Perturbation of what finally runs (design §4): with one row unmasked, the others may be anything, bit for bit.
 
     The row may also stand anywhere: twins in other places, and in batches of another size, contribute the same, up to the
     rounding of kernels that split a batch. With a dynamic length: at the lengths given, else at every one that is to be checked.
+    ``run``: what computes it, ``(batch, mask, accumulator) -> accumulator'``; by default the lowered step.
     """
-    dynamic = step.dynamic_length
+    dynamic, run = step.dynamic_length, run or step._lowered
     if dynamic is None:
-        _check_rows(step, step._example_leaves())
+        _check_rows(step, step._example_leaves(), run)
     else:
         for length in lengths or dynamic.checked:
-            _check_rows(step, resized(step._example_leaves(), step._leaf_names, dynamic, length))
+            _check_rows(step, resized(step._example_leaves(), step._leaf_names, dynamic, length), run)
 
 
-def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
+def _check_rows(step: PrivateStep, example: list[torch.Tensor], run: Callable[..., torch.Tensor]) -> None:
     coarse = step.precision != "float32" or any(t.dtype.itemsize < 4 for t in step.joint.targets)
 
     def tolerance(*contributions: torch.Tensor) -> float:
@@ -527,7 +551,7 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
             results = []
             for batch in (leaves, [x[flipped.to(x.device)] for x in leaves], *spoiled):
                 try:
-                    results.append(step._lowered(batch, mask, step.zero_accumulator()))
+                    results.append(run(batch, mask, step.zero_accumulator()))
                 except RuntimeError as error:
                     raise CompileRefused(
                         f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
@@ -547,7 +571,7 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor]) -> None:
     mask = torch.ones(example[0].shape[0], device=step.device)
     with torch.no_grad():
         (proved,) = step.partial.module(*step.partial.values(example), mask, step.zero_accumulator())
-    runs = step._lowered(example, mask, step.zero_accumulator())
+    runs = run(example, mask, step.zero_accumulator())
     if not torch.allclose(runs, proved, rtol=0.0, atol=tolerance(*alone.values()) * len(mask), equal_nan=True):
         raise SealBroken(
             f"After lowering, the clipped sum is off by {float((runs - proved).abs().max()):.1e} from that of the proved "

@@ -22,9 +22,11 @@ from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError
 from dpbitfit_fx.exact_normal import rounded_normals
 from dpbitfit_fx.parallel import check_parallel, parallel_sum
 from dpbitfit_fx.passes.clipping import Clipping
+from dpbitfit_fx.passes.frozen_prefix import NothingFrozen
 from dpbitfit_fx.passes.numerics import GRID_BITS, SLACK_PER_RECORD, fits_the_grid
 from dpbitfit_fx.passes.torch_private import leaf_names, tree_flatten
 from dpbitfit_fx.placement import check_places
+from dpbitfit_fx.prefix_cache import PrefixCache
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
 
@@ -43,6 +45,7 @@ class Engine:
         batches: turns rows into physical batches.
         sampler: draws over all records that are really there.
         parallel_batches: how many physical batches are computed at once, each on its share of torch's threads.
+        prefix: what lies before the first trainable, kept for every record, or None.
 
     Guarantee: `clipped_sum(rows)` changes by at most max_grad_norm (L2, in real numbers) when one row is added or
     removed; `private_gradient` adds noise exactly once, whatever the number of physical batches, none included. With
@@ -55,6 +58,7 @@ class Engine:
         batches: PhysicalBatches,
         sampler: PoissonSampler,
         parallel_batches: int = 1,
+        prefix: PrefixCache | None = None,
     ) -> None:
         first = compiled[0]
         if any(step.trainable_names != first.trainable_names for step in compiled):
@@ -62,6 +66,7 @@ class Engine:
         self.compiled = tuple(compiled)
         self.batches = batches
         self.sampler = sampler
+        self.prefix = prefix
         self.parallel_batches = check_parallel(parallel_batches, first.backend, first.device)
 
     @property
@@ -71,6 +76,8 @@ class Engine:
     def clipped_sum(self, rows: Sequence[int], secret: bytes = bytes(32)) -> torch.Tensor:
         """The clipped sum over `rows`, flat, [D]. Private: only noise may follow."""
         with global_random_state_kept(), torch.no_grad():
+            if self.prefix is not None and len(rows):
+                self.prefix.ready(self._guarded)
             batches, zero = self.batches.split(rows, secret), self.update.zero_accumulator
             if self.parallel_batches > 1:
                 return parallel_sum(
@@ -100,14 +107,24 @@ class Engine:
 
     def _accumulate(self, batch: PhysicalBatch, accumulator: torch.Tensor, secret: bytes) -> torch.Tensor:
         step = self.compiled[batch.bucket]
-        try:
+
+        def work() -> torch.Tensor:
             masks = step._masks(batch.rows, secret, len(batch.sample_mask))
-            return step.accumulate(batch.batch, batch.sample_mask, accumulator, masks)
+            prefix = None if self.prefix is None else self.prefix.of(batch)
+            return step.accumulate(batch.batch, batch.sample_mask, accumulator, masks, prefix)
+
+        result: torch.Tensor = self._guarded(batch, work, secret)
+        return result
+
+    def _guarded(self, batch: PhysicalBatch, work: Callable[[], Any], secret: bytes = bytes(32)) -> Any:
+        """What `work` gives; where the model fails on a record of the batch, its row is named and nothing else."""
+        try:
+            return work()
         except DPBitFitError:
             raise
         except Exception as error:
             for row in batch.rows:
-                self._blame(row, step, secret)
+                self._blame(row, self.compiled[batch.bucket], secret)
             raise DataError(
                 f"The model fails with {type(error).__name__} on some records of the dataset together, and on none of them "
                 f"alone. The message is withheld because it may quote a record."
@@ -152,6 +169,8 @@ def build_engine(
     precision: str = "float32",
     noise: str = "float",
     memory_budget: float = 1.0,
+    cache_frozen_prefix: bool = False,
+    prefix_expected: bool = True,
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -160,7 +179,8 @@ def build_engine(
 ) -> Engine:
     """One step for all padded lengths, or one for each, and the batches: everything of `fit` that touches a gradient.
 
-    `sampler` draws over the records that are really there; the other arguments are those of `fit`.
+    `sampler` draws over the records that are really there; the other arguments are those of `fit`, but for `prefix_expected`:
+    whether cache_frozen_prefix is refused where there is nothing to keep.
 
     Raises:
         CompileRefused: the model is refused; or noise="grid" cannot count so many records, or the machine's kernels give a
@@ -229,7 +249,27 @@ def build_engine(
     elif precision != "float32":
         for step, example, size in zip(plain, examples, batches.sizes, strict=True):
             check_places(step, layout.on_device(example, device), size, within=SLACK_PER_RECORD)
-    return Engine(steps, batches, sampler, parallel_batches)
+    prefix = None
+    if cache_frozen_prefix:
+        try:
+            _check_prefix(plain, layout, noise)
+            prefix = PrefixCache(steps, batches)
+        except NothingFrozen:
+            if prefix_expected:
+                raise
+    return Engine(steps, batches, sampler, parallel_batches, prefix)
+
+
+def _check_prefix(steps: Sequence[PrivateStep], layout: ItemLayout, noise: str) -> None:
+    """Each step in two parts, at every padded length that it serves. Raises CompileRefused or SealBroken."""
+    if noise == "grid":
+        raise CompileRefused(
+            "cache_frozen_prefix computes a record's prefix in other physical batches than the rest, where noise='grid' asks for "
+            "the same bits everywhere. Use one of the two."
+        )
+    for step in dict.fromkeys(steps):
+        lengths = {n for leaf in layout.leaves for n in leaf.lengths or ()}
+        step.check_prefix(sorted(lengths) if step.dynamic_length is not None else ())
 
 
 def one_for_every_length(layout: ItemLayout, longest: Any, compiled: Callable[..., PrivateStep]) -> PrivateStep | None:

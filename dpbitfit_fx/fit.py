@@ -101,6 +101,7 @@ def fit(
     precision: str = "float32",
     noise: str = "float",
     memory_budget: float = 1.0,
+    cache_frozen_prefix: bool = False,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
@@ -156,6 +157,10 @@ def fit(
         noise: "float", or "grid" for a guarantee that holds to the letter in floating point: clipped gradients are rounded to
             a grid on which sums are exact, and the noise is a normal rounded to it, sampled exactly (docs/threat-model.md,
             Numerics). Needs memory for every record's gradient in float64 (no ghost norms), so it is for biases and heads.
+        cache_frozen_prefix: what no trained parameter reaches (the first blocks of the model, with
+            `exclude=["*layer.[0-3].*"]` or so) is computed once for each record, before the first step, and kept in memory;
+            a step then runs the other blocks alone. For datasets that give the same record at every load. Not with dropout or
+            noise="grid". The same gradients up to rounding; nothing of it is written or exported.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
         average_from: the trained model is the mean of the parameters after each step beyond this share of the run (of
@@ -253,6 +258,8 @@ def fit(
 
         with _model_as_found(model), contextlib.ExitStack() as undo:
 
+            kept: list[int] = []  # phases with a frozen prefix: one at least, where they are to be kept
+
             def engine_of(index: int) -> Engine:
                 phase, sampler = plan[index], samplers[index]
                 assert phase.trainable is not None and phase.exclude is not None and phase.clipping is not None
@@ -275,6 +282,8 @@ def fit(
                         precision=precision,
                         noise=noise,
                         memory_budget=memory_budget,
+                        cache_frozen_prefix=cache_frozen_prefix,
+                        prefix_expected=index == len(plan) - 1 and not kept,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -293,6 +302,9 @@ def fit(
                 with naming_phase(index, len(plan)):
                     if not stages:
                         check_rows(engine.batches)
+                    if engine.prefix is not None:
+                        kept.append(index)
+                        engine.prefix.show = progress and ranks.first
                     stages.append(_stage(phase, engine, samplers[index]))
             first, last = stages[0].engine, stages[-1].record
             trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
@@ -307,6 +319,7 @@ def fit(
                 "physical_batch_size": list(first.batches.sizes),
                 "parallel_batches": parallel_batches,
                 "insecure": insecure_seed_for_tests is not None,
+                **({"cache_frozen_prefix": True} if cache_frozen_prefix else {}),
             }
             asked = [target_epsilon, noise_multiplier, delta]
 

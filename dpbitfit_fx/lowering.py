@@ -7,13 +7,14 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .errors import CompileRefused
 from .passes import facts
+from .passes.frozen_prefix import split_prefix
 from .passes.joint_graph import JointGraph
 from .passes.opaque_weights import hide_weights, holding
 from .passes.packing import Pack, pack, pack_weights
@@ -117,29 +118,11 @@ def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-class Lowered:
-    """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
+class _Runner:
+    """A graph as the backend executes it: fed with the live state, its packs kept up to date."""
 
-    Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`); within a memory budget below
-    1, values are computed again for it (:mod:`passes.recompute`).
-    Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
-    ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
-    every batch size; :mod:`passes.opaque_weights` gives it the packs.
-
-    A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
-    invisible to torch's version counter: compile again after one.
-    """
-
-    def __init__(
-        self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
-    ) -> None:
-        check_lowering(backend, disable, precision)
-        rounding = ROUNDING if precision == "bf16" else ()
-        self.joint: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
-        self.packs: tuple[Pack, ...] = ()
-        if "packed_weights" not in disable:
-            self.joint, self.packs = pack_weights(self.joint, PRECISIONS[precision])
-            facts.partial(self.joint)
+    def __init__(self, joint: JointGraph, backend: str, pack_them: bool, precision: str) -> None:
+        self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
         self._inputs = self.joint  # whose inputs the module that runs has
         if backend == "inductor":
             self._inputs = hide_weights(self.joint, [item.target for item in self.packs])
@@ -148,25 +131,20 @@ class Lowered:
         self._call: Any = torch.compile(module, dynamic=True) if self._inductor else module
         self._held: dict[str, _Packed] = {}
 
-    @property
-    def packed_bytes(self) -> int:
-        """Memory of the packed weights, beside the model's own."""
-        return sum(item.bytes for item in self.packs)
-
-    def __call__(self, batch: list[torch.Tensor], sample_mask: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
-        packs = {item.target: self._packed(item) for item in self.packs}
+    def __call__(self, batch: list[torch.Tensor], *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packs = {item.target: self.packed(item) for item in self.packs}
         values = self._inputs.values(batch, {} if self._inductor else packs)
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
         with (
             torch.no_grad(),
-            torch.autocast(sample_mask.device.type, enabled=False),
+            torch.autocast(batch[0].device.type, enabled=False),
             float32_products(),
             holding(list(packs.values())),
         ):
-            result: torch.Tensor = self._call(*values, sample_mask, accumulator)[0]
+            result: tuple[torch.Tensor, ...] = self._call(*values, *more)
         return result
 
-    def _packed(self, item: Pack) -> torch.Tensor:
+    def packed(self, item: Pack) -> torch.Tensor:
         sources = [self.joint.state[name] for name in item.sources]
         held = self._held.get(item.target)
         if held is None or not held.fresh(sources):
@@ -177,3 +155,65 @@ class Lowered:
                     held = _SHARED[key] = _Packed(item, self.joint.state)
             self._held[item.target] = held
         return held.tensor
+
+
+class Lowered:
+    """The PARTIAL graph of a step, lowered: ``(.., batch, sample_mask [B], accumulator [D]) -> accumulator' [D]``.
+
+    Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`); within a memory budget below
+    1, values are computed again for it (:mod:`passes.recompute`).
+    Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
+    ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
+    every batch size; :mod:`passes.opaque_weights` gives it the packs.
+    With :meth:`prefix`, what no trainable reaches is computed apart (:mod:`passes.frozen_prefix`).
+
+    A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
+    invisible to torch's version counter: compile again after one.
+    """
+
+    def __init__(
+        self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
+    ) -> None:
+        check_lowering(backend, disable, precision)
+        rounding = ROUNDING if precision == "bf16" else ()
+        self._options = backend, "packed_weights" not in disable, precision
+        self._whole: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
+        self.runner = _Runner(self._whole, *self._options)
+        self.joint, self.packs = self.runner.joint, self.runner.packs
+        facts.partial(self.joint)
+        self._parts: tuple[_Runner, _Runner] | None = None
+        self._reads: tuple[int, ...] = ()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weights, beside the model's own."""
+        return sum(item.bytes for item in self.packs)
+
+    def __call__(
+        self,
+        batch: list[torch.Tensor],
+        sample_mask: torch.Tensor,
+        accumulator: torch.Tensor,
+        prefix: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``prefix``: what :meth:`prefix` gave for these records, row by row; it is not computed then."""
+        if prefix is None:
+            return self.runner(batch, sample_mask, accumulator)[0]
+        return self._split()[1]([*batch, *prefix], sample_mask, accumulator)[0]
+
+    def prefix(self, batch: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What no trainable reaches and the rest of the step reads, each [B, ..]; a function of each record. PRIVATE."""
+        return tuple(self._split()[0](batch))
+
+    def prefix_reads(self) -> tuple[int, ...]:
+        """Numbers of the batch's tensors that the prefix is computed from."""
+        self._split()
+        return self._reads
+
+    def _split(self) -> tuple[_Runner, _Runner]:
+        if self._parts is None:
+            parts = split_prefix(self._whole)
+            before, rest = _Runner(parts.prefix, *self._options), _Runner(parts.rest, *self._options)
+            facts.partial(rest.joint)
+            self._parts, self._reads = (before, rest), parts.reads
+        return self._parts

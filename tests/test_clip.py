@@ -377,13 +377,13 @@ def test_the_step_multiplies_in_float32_whatever_precision_is_set_for_other_code
     """TF32 and bfloat16 would round the weighted sum behind a norm that is not rounded."""
     step = compile_step(TwoLayers(torch.float32), weighted_loss, points(4))
     seen: list[tuple[str, str]] = []
-    run = step._lowered._call
+    run = step._lowered.runner._call
 
     def watched(*values: Tensor) -> Any:
         seen.append(precisions())
         return run(*values)
 
-    step._lowered._call = watched
+    step._lowered.runner._call = watched
     backends: Any = torch.backends
     kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = precisions()

@@ -123,10 +123,10 @@ def test_what_inductor_compiles_reads_packed_weights_and_follows_the_model(preci
 def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once() -> None:
     _, step = block(backend="inductor", precision="bf16")
     lowered = step._lowered
-    graph = lowered._inputs.module.graph
+    graph = lowered.runner._inputs.module.graph
     targets = [n.target for n in graph.nodes]
     assert targets.count(PACKED_LINEAR) == 3 and LINEAR not in targets and LINEAR_ADD not in targets
-    assert not {p.target for p in lowered.packs} & {i.target for i in lowered._inputs.inputs}
+    assert not {p.target for p in lowered.packs} & {i.target for i in lowered.runner._inputs.inputs}
     (held,) = (n for n in graph.nodes if n.target is ROWS)
     (gradients,) = held.args
     assert list(gradients.users) == [held] and len(held.users) == 2  # the norm and the sum
@@ -138,7 +138,7 @@ def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once()
 def test_with_packs_declined_there_are_none() -> None:
     _, step = block(backend="inductor", disable=["packed_weights"])
     assert not step.report().packed
-    assert PACKED_LINEAR not in {n.target for n in step._lowered._inputs.module.graph.nodes}
+    assert PACKED_LINEAR not in {n.target for n in step._lowered.runner._inputs.module.graph.nodes}
 
 
 @pytest.mark.usefixtures("with_packs")

@@ -131,7 +131,7 @@ def test_steps_of_one_model_share_their_packs_and_drop_them_with_the_last() -> N
     model = net()
     one, other = compiled(model), compiled(model)
     assert all(
-        one._lowered._packed(a) is other._lowered._packed(b)
+        one._lowered.runner.packed(a) is other._lowered.runner.packed(b)
         for a, b in zip(one._lowered.packs, other._lowered.packs, strict=True)
     )
     mine = {key for key in lowering._SHARED if id(model.second.weight) in key[0]}
@@ -160,7 +160,7 @@ def test_an_unknown_optimization_is_refused_and_the_known_ones_are_listed() -> N
 def test_a_lowering_that_changes_the_numbers_is_caught() -> None:
     step = compiled(net())
     wrong = [p for p in step._lowered.packs if "second" in p.target][-1]
-    held = step._lowered._held[wrong.target]
+    held = step._lowered.runner._held[wrong.target]
     held.tensor = pack_linear_weight(torch.eye(96))
     with pytest.raises(dpb.SealBroken, match="the clipped sum is off by"):
         check_rows(step)
@@ -233,7 +233,7 @@ class TestBfloat16:
         model = net()
         rounded, exact = compiled(model, precision="bf16"), compiled(model)
         assert rounded.report().packed_bytes * 2 == exact.report().packed_bytes
-        kinds = [s._lowered._packed(s._lowered.packs[0]).dtype for s in (rounded, exact)]
+        kinds = [s._lowered.runner.packed(s._lowered.packs[0]).dtype for s in (rounded, exact)]
         assert kinds == [torch.bfloat16, torch.float32]
 
     def test_with_noise_keeps_the_precision(self) -> None:

@@ -164,8 +164,8 @@ def test_a_transposed_convolution_that_pads_its_output_by_a_stride_keeps_its_own
 def test_a_lowering_that_changes_the_numbers_is_caught_however_large_the_clipping_norm() -> None:
     torch.manual_seed(0)
     step = dpb.compile(stack(), loss, images(), clipping=dpb.FlatClipping(1e6))
-    runs = step._lowered._call
-    step._lowered._call = lambda *values: (1.05 * runs(*values)[0],)
+    runs = step._lowered.runner._call
+    step._lowered.runner._call = lambda *values: (1.05 * runs(*values)[0],)
     with pytest.raises(dpb.SealBroken, match="the clipped sum is off by"):
         check_rows(step)
 
