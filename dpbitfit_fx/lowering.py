@@ -14,12 +14,13 @@ import torch
 
 from .errors import CompileRefused
 from .passes import facts
+from .passes.batch_sizes import spell_sizes
 from .passes.frozen_prefix import split_prefix
-from .passes.joint_graph import JointGraph
+from .passes.joint_graph import JointGraph, Role
 from .passes.opaque_weights import hide_weights, holding
 from .passes.packing import Pack, pack, pack_weights
 from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
-from .passes.torch_private import has_bfloat16_products
+from .passes.torch_private import has_bfloat16_products, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
 OPTIMIZATIONS = (*OPTIONS, "packed_weights")
@@ -123,16 +124,21 @@ class _Runner:
 
     def __init__(self, joint: JointGraph, backend: str, pack_them: bool, precision: str) -> None:
         self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
+        self._held: dict[str, _Packed] = {}
         self._inputs = self.joint  # whose inputs the module that runs has
         if backend == "inductor":
-            self._inputs = hide_weights(self.joint, [item.target for item in self.packs])
+            spelled = spell_sizes(self.joint, {item.target: self.packed(item) for item in self.packs})
+            self._inputs = hide_weights(spelled, [item.target for item in self.packs])
         self._inductor = backend == "inductor"
+        self._open = _open_sizes(joint)
         module = self._inputs.module
-        self._call: Any = torch.compile(module, dynamic=True) if self._inductor else module
-        self._held: dict[str, _Packed] = {}
+        self._call: Any = torch.compile(module) if self._inductor else module
 
     def __call__(self, batch: list[torch.Tensor], *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
         packs = {item.target: self.packed(item) for item in self.packs}
+        if self._inductor:
+            batch = [of_any_size(own(x), *dims) for x, dims in zip(batch, self._open, strict=True)]
+            more = tuple(of_any_size(own(x), *dims) for x, dims in zip(more, ((0,), ()), strict=False))
         values = self._inputs.values(batch, {} if self._inductor else packs)
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
         with (
@@ -155,6 +161,12 @@ class _Runner:
                     held = _SHARED[key] = _Packed(item, self.joint.state)
             self._held[item.target] = held
         return held.tensor
+
+
+def _open_sizes(joint: JointGraph) -> list[tuple[int, ...]]:
+    """The dimensions of each batch input that vary from call to call: the batch, and the padded length where it may."""
+    dims = {} if joint.source is None or joint.source.length is None else joint.source.length.dims
+    return [(0, dims[i.target]) if i.target in dims else (0,) for i in joint.with_role(Role.BATCH)]
 
 
 class Lowered:

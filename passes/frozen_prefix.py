@@ -15,8 +15,9 @@ gradient is clipped as before. They are PRIVATE: no export and no file ever hold
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import networkx as nx
 import torch
@@ -24,8 +25,7 @@ from torch import fx
 
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, copy_graph, finish
-from .random_draws import example
-from .torch_private import tree_flatten
+from .live_values import sizes
 
 aten = torch.ops.aten
 SIZES = (3, 5)  # of the batches whose shapes are compared
@@ -84,38 +84,14 @@ def split_prefix(joint: JointGraph) -> Parts:
     return Parts(*_parts(joint, cut), tuple(_inputs_of(cut, joint)))
 
 
-class _Sizes(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted, self.found = set(wanted), dict[fx.Node, tuple[tuple[int, ...], int]]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted and isinstance(result, torch.Tensor):
-            self.found[n] = tuple(result.shape), result.element_size()
-        return result
-
-
 def _storable(joint: JointGraph, fixed: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Bytes a record of every value whose dimension 0, and no other, is the batch, seen in batches of two sizes."""
-    source = joint.source
-    assert source is not None
-    leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
-    found = []
-    for size in SIZES:
-        index = (torch.arange(size) % leaves[0].shape[0]).to(leaves[0].device)
-        values = joint.values([*(x[index] for x in leaves), *example(joint.draws, size)])
-        mask = torch.ones(size, device=leaves[0].device)
-        total = torch.zeros(joint.num_trainable, dtype=joint.flat_dtype, device=leaves[0].device)
-        run = _Sizes(joint.module, fixed)
-        with torch.no_grad(), torch.autocast(leaves[0].device.type, enabled=False):
-            run.run(*values, mask, total, enable_io_processing=False)
-        found.append(run.found)
-    small, large = found
+    small, large = (sizes(joint, rows) for rows in SIZES)
+    found = {n: (small[n], large[n]) for n in fixed if n in small}
     return {
-        n: (item * torch.Size(shape[1:]).numel())
-        for n, (shape, item) in small.items()
-        if shape and shape[0] == SIZES[0] and large[n][0] == (SIZES[1], *shape[1:])
+        n: item * math.prod(shape[1:])
+        for n, ((shape, item), (other, _)) in found.items()
+        if shape and shape[0] == SIZES[0] and other == (SIZES[1], *shape[1:])
     }
 
 

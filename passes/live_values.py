@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .joint_graph import JointGraph
+from .joint_graph import JointGraph, Role
 from .random_draws import example
 from .torch_private import tree_flatten
 
@@ -91,6 +91,40 @@ def measure(joint: JointGraph) -> dict[fx.Node, Made]:
     with torch.no_grad(), torch.autocast(device.type, enabled=False), run.counter:
         run.run(*values, mask.to(device), accumulator.to(device), enable_io_processing=False)
     return run.made
+
+
+class _Sizes(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, tuple[tuple[int, ...], int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.found[n] = tuple(result.shape), result.element_size()
+        return result
+
+
+def sizes(
+    joint: JointGraph, rows: int, more: Mapping[str, torch.Tensor] | None = None
+) -> dict[fx.Node, tuple[tuple[int, ...], int]]:
+    """Shape and bytes an entry of every tensor of the graph, in one run on so many rows of the example batch.
+
+    ``more``: state beside the joint graph's own (packed weights).
+    """
+    source = joint.source
+    assert source is not None
+    leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
+    device = leaves[0].device
+    index = (torch.arange(rows) % leaves[0].shape[0]).to(device)
+    values = joint.values([*(x[index] for x in leaves), *(x.to(device) for x in example(joint.draws, rows))], more)
+    mask, accumulator = torch.ones(rows), torch.zeros(joint.num_trainable, dtype=joint.flat_dtype)
+    fed = {Role.MASK: mask, Role.ACCUMULATOR: accumulator}
+    values += [fed[i.role].to(device) for i in joint.inputs if i.role in fed]
+    run = _Sizes(joint.module)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        run.run(*values, enable_io_processing=False)
+    return run.found
 
 
 def live_bytes(

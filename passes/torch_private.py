@@ -75,6 +75,18 @@ def schema_is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
+def own(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy of a view: torch.compile asks the next tensor for the base that a view had."""
+    return x.clone() if x._is_view() else x
+
+
+def of_any_size(x: torch.Tensor, *dims: int) -> torch.Tensor:
+    """The tensor, whose sizes in these dimensions torch.compile is to leave open where it can."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
 def may_alias_or_write(target: Any) -> bool:
     """Whether an operator writes an input, or is composed of others and may return a view of one."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")

@@ -113,6 +113,17 @@ def test_train_inspect_and_export_work_on_a_users_own_files(model_dir: Path, csv
     assert again["epsilon"] > statement["epsilon"]
 
 
+def test_a_head_alone_trains_on_what_the_frozen_encoder_made_of_each_record_once(
+    model_dir: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    declared = ("--labels", "neg,pos", "--trainable", "head.*")
+    for name, more in (("kept", ["--cache-frozen-prefix"]), ("anew", [])):
+        result = train(model_dir, csv_file, tmp_path / name, *declared, *more)
+        assert result.exit_code == 0, result.output
+        statement = json.loads((tmp_path / name / "privacy.json").read_text())
+        assert 0 < statement["epsilon"] <= 8
+
+
 def test_bad_arguments_and_bad_files_give_one_paragraph_and_leave_nothing(
     model_dir: Path, csv_file: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +139,9 @@ def test_bad_arguments_and_bad_files_give_one_paragraph_and_leave_nothing(
     one_paragraph(train(tmp_path / "nowhere", csv_file, output, *declared), "does not exist")
     one_paragraph(train(model_dir, csv_file, output, *declared, "--expected-batch-size", 100), "40")
     one_paragraph(train(model_dir, csv_file, output, *declared, "--target-delta", "0.5"), "1/N")
+    one_paragraph(train(model_dir, csv_file, output, *declared, "--precision", "fp8"), "float32, bf16")
+    one_paragraph(train(model_dir, csv_file, output, *declared, "--backend", "xla"), "eager, inductor")
+    one_paragraph(train(model_dir, csv_file, output, *declared, "--cache-frozen-prefix"), "before the first trainable")
     empty = tmp_path / "empty.csv"
     empty.write_text("")
     one_paragraph(train(model_dir, empty, output, *declared), "empty")

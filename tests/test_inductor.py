@@ -18,6 +18,7 @@ from dpbitfit_fx.passes import facts, opaque_weights, packing
 from dpbitfit_fx.passes.opaque_weights import PACKED_LINEAR, ROWS, holding
 from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
+reshape = torch.ops.aten.reshape.default
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="Inductor needs a C++ compiler"
 )
@@ -40,6 +41,20 @@ def test_one_inductor_compile_gives_the_eager_sums_for_every_batch_size() -> Non
         for name, value in wanted.items():
             assert torch.allclose(got[name], value, rtol=1e-5, atol=1e-6 * size), (size, name)
     assert ours.graph_hash == eager.graph_hash
+
+
+@needs_compiler
+def test_nothing_is_compiled_again_for_views_or_another_batch_size() -> None:
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    step = dpb.compile(mlp(), mlp_loss, (torch.randn(4, 4), torch.tensor([0, 1, 1, 0])), backend="inductor")
+    wide = torch.randn(20, 8)
+    for rows in (2, 3, 9):
+        sliced = wide[:rows, :4], (torch.arange(40) % 2)[:rows]
+        for given in (sliced, tuple(x.clone() for x in sliced)):
+            step.accumulate(given, torch.eye(rows)[0], step.zero_accumulator())
+            step.accumulate(given, torch.ones(rows), torch.zeros(2, step.num_trainable)[0])
+    assert counters["unique_graphs"] - before == 1
 
 
 @needs_compiler
@@ -116,6 +131,22 @@ def test_what_inductor_compiles_reads_packed_weights_and_follows_the_model(preci
     fresh = total(dpb.compile(model, block_loss, rows(4), precision=precision), rows(4))
     close = 1e-6 if precision == "float32" else 1e-3
     assert (total(ours, rows(4)) - fresh).norm() <= close * fresh.norm() < (before - fresh).norm()
+
+
+@needs_compiler
+def test_no_reshape_leaves_its_rows_to_be_worked_out() -> None:
+    """Each would hold the quotient that the one before it left, and a deep model takes minutes to simplify them."""
+    example = {
+        "input_ids": torch.randint(1, 20, (4, 6)),
+        "attention_mask": torch.ones(4, 6, dtype=torch.long),
+        "label": torch.tensor([0, 1, 1, 0]),
+        "weight": torch.ones(4),
+    }
+    step = dpb.compile(text_model(), text_loss, example, backend="inductor")
+    shapes = [n.args[1] for n in step._lowered.runner._inputs.module.graph.nodes if n.target is reshape]
+    assert shapes and not any(-1 in shape for shape in shapes)
+    before = [n.args[1] for n in step._lowered.joint.module.graph.nodes if n.target is reshape]
+    assert any(-1 in shape for shape in before)
 
 
 @needs_compiler
