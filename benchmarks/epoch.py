@@ -1,6 +1,7 @@
 """One epoch of the demo's records at epsilon = 8, Poisson sampling and all, each system in a process of its own.
 
     tools/bench epoch [--systems ours ours-bf16 opacus-bias opacus-full] [--epochs 1] [--json FILE]
+    tools/bench epoch --systems ours-last-two ours-last-two-kept      (biases of the last two blocks of six)
 
 The same for all: MiniLM, biases and head, expected batch 256, micro-batches of at most 32 rows, flat clipping at R = 0.1,
 Adam with rate 5e-3, no dropout. Ours is `fit` with a few public padded lengths; Opacus is `make_private_with_epsilon` with
@@ -35,7 +36,16 @@ from .worker import own_output
 
 ROOT = Path(__file__).resolve().parents[1]
 EPSILON, DELTA, BATCH, ROWS, NORM, RATE = 8.0, 1e-5, 256, 32, 0.1, 5e-3
-SYSTEMS = ("bias", "ours", "ours-bf16", "opacus-bias", "opacus-full")
+LAST_TWO: dict[str, Any] = {"exclude": ["*embeddings*", "*layer.[0-3].*"]}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-bf16": {"precision": "bf16"},
+    "ours-inductor-bf16": {"precision": "bf16", "backend": "inductor"},
+    "ours-last-two": LAST_TWO,
+    "ours-last-two-kept": {**LAST_TWO, "cache_frozen_prefix": True},
+}
+SYSTEMS = ("bias", *OURS, "opacus-bias", "opacus-full")
+USUAL = ("bias", "ours", "ours-bf16", "opacus-bias", "opacus-full")
 
 
 class Clock:
@@ -78,7 +88,11 @@ def plain(model: torch.nn.Module, data: TokenizedText, epochs: int, clock: Clock
             clock.mark()
 
 
-def ours(model: torch.nn.Module, data: TokenizedText, epochs: int, clock: Clock, precision: str) -> None:
+def ours(
+    model: torch.nn.Module, data: TokenizedText, epochs: int, clock: Clock, **options: Any
+) -> None:
+    """``parallel_batches`` is for the eager backend; Inductor gets as many rows in one physical batch."""
+    together = torch.get_num_threads() if options.get("backend", "eager") == "eager" else 1
     dpb.fit(
         model,
         text_loss,
@@ -87,11 +101,11 @@ def ours(model: torch.nn.Module, data: TokenizedText, epochs: int, clock: Clock,
         target_delta=DELTA,
         epochs=epochs,
         expected_batch_size=BATCH,
-        physical_batch_size=ROWS // 2,
-        parallel_batches=torch.get_num_threads(),
+        physical_batch_size=ROWS // 2 if together > 1 else ROWS,
+        parallel_batches=together,
         trainable=["bias", "head.*"],
         clipping=dpb.FlatClipping(max_grad_norm=NORM),
-        precision=precision,
+        **options,
         optimizer=torch.optim.Adam,
         learning_rate=RATE,
         padded_lengths={"input_ids": PADDED_LENGTHS, "attention_mask": PADDED_LENGTHS},
@@ -145,7 +159,7 @@ def run(system: str, epochs: int, limit: int | None) -> dict[str, Any]:
         plain(model, records, epochs, clock)
         per_epoch = len(records) / ROWS
     elif system.startswith("ours"):
-        ours(model, records, epochs, clock, "bf16" if system == "ours-bf16" else "float32")
+        ours(model, records, epochs, clock, **OURS[system])
     else:
         opacus(model, records, epochs, clock, system == "opacus-bias")
     found = {**clock.seconds(per_epoch), "steps": len(clock.marks)}
@@ -167,7 +181,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/bench epoch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(USUAL))
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--limit", type=int, help="so many records only, to try the command")
     parser.add_argument("--json", type=Path)

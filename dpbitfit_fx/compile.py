@@ -304,7 +304,8 @@ class PrivateStep:
         if sample_mask.shape != (leaves[0].shape[0],):
             raise CompileRefused(f"sample_mask has shape {tuple(sample_mask.shape)}, expected ({leaves[0].shape[0]},).")
         self._check_flat(accumulator, "accumulator")
-        return self._lowered(leaves, sample_mask, accumulator, prefix)
+        more = () if prefix is None else (prefix,)
+        return self._lowered(leaves, sample_mask, accumulator, *more)
 
     def frozen_prefix(self, batch: Any) -> tuple[torch.Tensor, ...]:
         """What no trainable reaches and the rest of the step reads: tensors [B, ..], row b a function of record b. PRIVATE.

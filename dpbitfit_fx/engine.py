@@ -110,8 +110,8 @@ class Engine:
 
         def work() -> torch.Tensor:
             masks = step._masks(batch.rows, secret, len(batch.sample_mask))
-            prefix = None if self.prefix is None else self.prefix.of(batch)
-            return step.accumulate(batch.batch, batch.sample_mask, accumulator, masks, prefix)
+            kept = {} if self.prefix is None else {"prefix": self.prefix.of(batch)}
+            return step.accumulate(batch.batch, batch.sample_mask, accumulator, masks, **kept)
 
         result: torch.Tensor = self._guarded(batch, work, secret)
         return result

@@ -362,11 +362,18 @@ def _embedding_dense_backward(
     return rows.new_zeros(count, rows.shape[-1]).scatter_add(0, where, rows)
 
 
+def _rsub(run: _Interpreter, x: Tensor, other: Any, alpha: Any = 1) -> Tensor:
+    """``other - alpha x``; of whole numbers x and a float, torch.onnx leaves a number where its ``sub`` takes a tensor."""
+    kind = torch.result_type(x, other)
+    return torch.rsub(x, other, alpha=alpha) if x.dtype == kind else torch.add(-alpha * x.to(kind), other)
+
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **OPERATORS,
     aten.bmm.default: _bmm,
     aten.lt.Scalar: _exactly(torch.lt),
     aten.gt.Scalar: _exactly(torch.gt),
+    aten.rsub.Scalar: _rsub,
     aten.diagonal.default: _diagonal,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.view.default: _reshape,

@@ -21,7 +21,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -43,23 +44,26 @@ def round_attention(joint: JointGraph) -> JointGraph:
     lengths = None if joint.source is None else joint.source.length
     writer = _Writer(graph)
     done = {"products": 0, "fused": 0}
+    made: dict[fx.Node, _Made] = {}
     for node in list(graph.nodes):
         if node.target is FORWARD and (kind := _kind(node, lengths)):
-            readers = [u for u in graph.nodes if u.target is BACKWARD and _output(u) is node]
-            (writer.products if kind == "products" else writer.fused)(node, readers)
+            made[node] = (writer.products if kind == "products" else writer.fused)(node)
             done[kind] += 1
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    for node in [n for n in order if n.target is BACKWARD]:
+        # Where attention is computed again to save memory, its two results may come from two calls: the later one is read.
+        results: Any = node.args[4:6]
+        calls = [x.args[0] for x in results if x.args[0] in made]
+        if calls:
+            made[max(calls, key=order.__getitem__)].backward(node)
+    for node, forward in made.items():
+        writer.replace(node, forward.results)
     notes = tuple(
         f"attention in bfloat16: {n} {'as products' if kind == 'products' else 'by the fused kernel'}"
         for kind, n in done.items()
         if n
     )
     return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
-
-
-def _output(backward: fx.Node) -> fx.Node | None:
-    """The forward call whose output a backward call was given."""
-    out: Any = backward.args[4]
-    return out.args[0] if out.target is operator.getitem else None
 
 
 def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
@@ -88,6 +92,13 @@ def _longest(size: int, lengths: DynamicLength | None) -> float:
     return int(size) + (size.other - int(size)) * (lengths.checked[-1] - short) / (long - short)
 
 
+class _Made(NamedTuple):
+    """What stands for a forward call: its results, and how a backward call that read them is written."""
+
+    results: list[fx.Node]
+    backward: Callable[[fx.Node], None]
+
+
 class _Writer:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -112,7 +123,7 @@ class _Writer:
             self.graph.erase_node(user)
         self.graph.erase_node(node)
 
-    def products(self, node: fx.Node, readers: list[fx.Node]) -> None:
+    def products(self, node: fx.Node) -> _Made:
         given = arguments(node)
         query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
         _, heads, _, d = query.meta["shape"]
@@ -143,7 +154,8 @@ class _Writer:
             out = apart(self.widen(self.call(aten.bmm.default, p, v)), t, d)
             if dead is not None:
                 out = self.call(aten.masked_fill.Scalar, out, dead, 0.0)
-        for reader in readers:
+
+        def backward(reader: fx.Node) -> None:
             with self.graph.inserting_before(reader):
                 go: Any = reader.args[0]
                 if dead is not None:
@@ -155,7 +167,8 @@ class _Writer:
                 dk = self.widen(self.call(aten.bmm.default, turned(ds), q))
                 dv = self.widen(self.call(aten.bmm.default, turned(p), g))
                 self.replace(reader, [apart(dq, t, d), apart(dk, s, d), apart(dv, s, d)])
-        self.replace(node, [out])
+
+        return _Made([out], backward)
 
     def length(self, x: fx.Node) -> Any:
         """T of ``[M, H, T, d]``."""
@@ -181,7 +194,7 @@ class _Writer:
             self.masks[mask] = rounded, dead
         return self.masks[mask]
 
-    def fused(self, node: fx.Node, readers: list[fx.Node]) -> None:
+    def fused(self, node: fx.Node) -> _Made:
         given = arguments(node)
         with self.graph.inserting_before(node):
             mask = None if given["attn_mask"] is None else self.round(given["attn_mask"])
@@ -190,9 +203,11 @@ class _Writer:
             both = self.call(FORWARD, q, k, v, 0.0, given["is_causal"], **rest)
             out, lse = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
             wide = self.widen(out)
-        for reader in readers:
+
+        def backward(reader: fx.Node) -> None:
             with self.graph.inserting_before(reader):
                 go: Any = self.round(reader.args[0])  # type: ignore[arg-type]
                 grads = self.call(BACKWARD, go, q, k, v, out, lse, 0.0, given["is_causal"], **rest)
                 self.replace(reader, [self.widen(self.call(operator.getitem, grads, i)) for i in range(3)])
-        self.replace(node, [wide, lse])
+
+        return _Made([wide, lse], backward)

@@ -98,6 +98,9 @@ def selections() -> Iterator[Call]:
     yield aten._prelu_kernel.default, [torch.randn(N, 1, 4, 3), torch.randn(1, 4, 1)], {}
     for op in (aten.silu_backward.default, aten.mish_backward.default):
         yield op, [torch.randn(N, 5), torch.randn(N, 5)], {}
+    for x in (torch.randint(0, 3, (N, 5)), torch.randn(N, 5)):
+        for other, alpha in ((1.0, 1), (2, 3), (0.5, 2)):
+            yield aten.rsub.Scalar, [x, other, alpha], {}
 
 
 def memory() -> Iterator[Call]:
