@@ -23,7 +23,6 @@ from torch.func import functional_call, grad, vmap
 import dpbitfit_fx as dpb
 from dpbitfit_fx.ort_backends import Backend, load_artifacts
 from dpbitfit_fx.ort_runner import read_manifest
-from dpbitfit_fx.passes.opaque_weights import hide_weights
 from dpbitfit_fx.randomness import SecretKey, stream
 
 from .models import Batch, Case
@@ -244,9 +243,7 @@ def unclipped(case: Case, **options: Any) -> Step:
         raise RuntimeError("the clip of the lowered graph has another shape than this benchmark knows")
     graph.eliminate_dead_code()
     lowered.joint.module.recompile()
-    if options.get("backend") == "inductor":
-        lowered.runner._inputs = hide_weights(lowered.joint, [p.target for p in lowered.packs])
-        lowered.runner._call = torch.compile(lowered.runner._inputs.module, dynamic=True)
+    lowered.runner.load(lowered.joint)
     optimizer = torch.optim.SGD(list(step.parameters().values()), lr=RATE)
     mask, zero = torch.ones(rows), step.zero_accumulator()
 

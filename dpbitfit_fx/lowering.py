@@ -125,12 +125,13 @@ class _Runner:
     def __init__(self, joint: JointGraph, backend: str, pack_them: bool, precision: str) -> None:
         self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
         self._held: dict[str, _Packed] = {}
-        self._inputs = self.joint  # whose inputs the module that runs has
-        if backend == "inductor":
-            spelled = spell_sizes(self.joint, {item.target: self.packed(item) for item in self.packs})
-            self._inputs = hide_weights(spelled, [item.target for item in self.packs])
         self._inductor = backend == "inductor"
         self._open = _open_sizes(joint)
+        self.load(self.joint)
+
+    def load(self, joint: JointGraph) -> None:
+        """What runs from now on: a graph with the inputs of ``self.joint``."""
+        self._inputs = hide_weights(joint, [item.target for item in self.packs]) if self._inductor else joint
         module = self._inputs.module
         self._call: Any = torch.compile(module) if self._inductor else module
 
@@ -190,6 +191,8 @@ class Lowered:
         rounding = ROUNDING if precision == "bf16" else ()
         self._options = backend, "packed_weights" not in disable, precision
         self._whole: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
+        if backend == "inductor":
+            self._whole = spell_sizes(self._whole)
         self.runner = _Runner(self._whole, *self._options)
         self.joint, self.packs = self.runner.joint, self.runner.packs
         facts.partial(self.joint)

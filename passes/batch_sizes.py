@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .joint_graph import JointGraph, Role, copy_graph, finish
-from .live_values import sizes
+from .live_values import BATCHES, shapes
 
 aten = torch.ops.aten
-SIZES = (3, 5)  # of the batches that are compared
 RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
-def spell_sizes(joint: JointGraph, more: Mapping[str, Tensor]) -> JointGraph:
-    """The same graph; ``more``: state beside its own. With a padded length that varies, or other inputs, as it was."""
-    if joint.source is None or joint.source.length is not None or any(i.target.startswith("kept ") for i in joint.inputs):
+def spell_sizes(joint: JointGraph) -> JointGraph:
+    """The same graph; where the padded length may vary too, as it was."""
+    if joint.source is None or joint.source.length is not None:
         return joint
-    small, large = (sizes(joint, rows, more) for rows in SIZES)
+    found, (few, many) = shapes(joint), BATCHES
     graph, mapping = copy_graph(joint.module)
     batch = mapping[joint.placeholder(joint.with_role(Role.BATCH)[0].name)]
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -42,9 +40,9 @@ def spell_sizes(joint: JointGraph, more: Mapping[str, Tensor]) -> JointGraph:
         if -1 not in shape:
             continue
         at = list(shape).index(-1)
-        rows, other = small[node][0][at], large[node][0][at]
-        times = rows // SIZES[0]
-        if not times or (rows, other) != (times * SIZES[0], times * SIZES[1]):
+        rows, other = found[node][0][at], found[node][1][at]
+        times = rows // few
+        if not times or (rows, other) != (times * few, times * many):
             continue
         if times not in multiples:
             with graph.inserting_after(after):

@@ -102,7 +102,6 @@ class _Made(NamedTuple):
 class _Writer:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.rounded: dict[fx.Node, fx.Node] = {}
         self.masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

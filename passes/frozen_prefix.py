@@ -25,23 +25,10 @@ from torch import fx
 
 from .errors import CompileRefused
 from .joint_graph import Input, JointGraph, Role, copy_graph, finish
-from .live_values import sizes
+from .live_values import BATCHES, PRODUCTS, shapes
 
 aten = torch.ops.aten
-SIZES = (3, 5)  # of the batches whose shapes are compared
-HEAVY = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._fft_r2c.default,
-    aten._fft_c2c.default,
-}
+HEAVY = PRODUCTS | {aten._fft_r2c.default, aten._fft_c2c.default}
 
 
 class NothingFrozen(CompileRefused):
@@ -86,12 +73,12 @@ def split_prefix(joint: JointGraph) -> Parts:
 
 def _storable(joint: JointGraph, fixed: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Bytes a record of every value whose dimension 0, and no other, is the batch, seen in batches of two sizes."""
-    small, large = (sizes(joint, rows) for rows in SIZES)
-    found = {n: (small[n], large[n]) for n in fixed if n in small}
+    few, many = BATCHES
+    found = shapes(joint)
     return {
-        n: item * math.prod(shape[1:])
-        for n, ((shape, item), (other, _)) in found.items()
-        if shape and shape[0] == SIZES[0] and other == (SIZES[1], *shape[1:])
+        n: found[n][2] * math.prod(found[n][0][1:])
+        for n in fixed
+        if n in found and found[n][0][:1] == (few,) and found[n][1] == (many, *found[n][0][1:])
     }
 
 

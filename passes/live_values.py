@@ -15,11 +15,24 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .joint_graph import JointGraph, Role
+from .joint_graph import JointGraph
 from .random_draws import example
 from .torch_private import tree_flatten
 
 aten = torch.ops.aten
+BATCHES = (3, 5)  # of two sizes, to see what grows with the batch
+# Where the work of a step is.
+PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 class Call(NamedTuple):
@@ -79,21 +92,32 @@ def _place(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def measure(joint: JointGraph) -> dict[fx.Node, Made]:
-    """Runs the accumulating graph once on its source's example batch. No number of the result leaves this function."""
+def _run(run: fx.Interpreter, joint: JointGraph, rows: int | None = None) -> None:
+    """One run on the source's example batch, or on so many rows of it."""
     source = joint.source
     assert source is not None
     leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
-    rows, device = leaves[0].shape[0], leaves[0].device
+    device = leaves[0].device
+    if rows is None:
+        rows = leaves[0].shape[0]
+    else:
+        index = (torch.arange(rows) % leaves[0].shape[0]).to(device)
+        leaves = [x[index] for x in leaves]
     values = joint.values([*leaves, *(x.to(device) for x in example(joint.draws, rows))])
     mask, accumulator = torch.ones(rows), torch.zeros(joint.num_trainable, dtype=joint.flat_dtype)
-    run = _Measure(joint.module)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), run.counter:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         run.run(*values, mask.to(device), accumulator.to(device), enable_io_processing=False)
+
+
+def measure(joint: JointGraph) -> dict[fx.Node, Made]:
+    """Runs the accumulating graph once on its source's example batch. No number of the result leaves this function."""
+    run = _Measure(joint.module)
+    with run.counter:
+        _run(run, joint)
     return run.made
 
 
-class _Sizes(fx.Interpreter):
+class _Shapes(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.found: dict[fx.Node, tuple[tuple[int, ...], int]] = {}
@@ -105,26 +129,12 @@ class _Sizes(fx.Interpreter):
         return result
 
 
-def sizes(
-    joint: JointGraph, rows: int, more: Mapping[str, torch.Tensor] | None = None
-) -> dict[fx.Node, tuple[tuple[int, ...], int]]:
-    """Shape and bytes an entry of every tensor of the graph, in one run on so many rows of the example batch.
-
-    ``more``: state beside the joint graph's own (packed weights).
-    """
-    source = joint.source
-    assert source is not None
-    leaves = [x for x in tree_flatten(source.example_batch)[0] if isinstance(x, torch.Tensor)]
-    device = leaves[0].device
-    index = (torch.arange(rows) % leaves[0].shape[0]).to(device)
-    values = joint.values([*(x[index] for x in leaves), *(x.to(device) for x in example(joint.draws, rows))], more)
-    mask, accumulator = torch.ones(rows), torch.zeros(joint.num_trainable, dtype=joint.flat_dtype)
-    fed = {Role.MASK: mask, Role.ACCUMULATOR: accumulator}
-    values += [fed[i.role].to(device) for i in joint.inputs if i.role in fed]
-    run = _Sizes(joint.module)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        run.run(*values, enable_io_processing=False)
-    return run.found
+def shapes(joint: JointGraph) -> dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Of every tensor of the accumulating graph: its shapes in batches of the two sizes of ``BATCHES``, and bytes an entry."""
+    small, large = (_Shapes(joint.module) for _ in BATCHES)
+    for run, rows in zip((small, large), BATCHES, strict=True):
+        _run(run, joint, rows)
+    return {n: (shape, large.found[n][0], item) for n, (shape, item) in small.found.items()}
 
 
 def live_bytes(

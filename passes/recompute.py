@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from .joint_graph import JointGraph, Role, finish
-from .live_values import Call, Made, live_bytes, measure
+from .live_values import PRODUCTS, Call, Made, live_bytes, measure
 from .torch_private import is_random, returns_several
 
 aten = torch.ops.aten
@@ -37,16 +37,8 @@ FLOPS_PER_BYTE = 20  # what a CPU multiplies and adds while it reads or writes a
 PRICES = tuple(2.0**-k for k in range(11))  # of the work of a byte, in bytes that are kept
 STEPS = 32  # the most places between two cuts that are looked at
 AGAIN = {
+    *PRODUCTS,
     operator.getitem,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
     aten.native_layer_norm.default,
     aten.native_group_norm.default,
     aten._softmax.default,

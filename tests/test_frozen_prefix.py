@@ -20,8 +20,6 @@ from dpbitfit_fx.passes.frozen_prefix import HEAVY
 from dpbitfit_fx.passes.joint_graph import Role
 from dpbitfit_fx.passes.template import single_output
 
-LAST = ["*second*"]  # of what stays frozen, all but this
-
 
 class Deep(nn.Module):
     """Embeds, attends twice and averages: two blocks, of which a run trains one or both."""
