@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,6 @@ def build_engine(
     noise: str = "float",
     memory_budget: float = 1.0,
     cache_frozen_prefix: bool = False,
-    prefix_expected: bool = True,
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -179,8 +179,8 @@ def build_engine(
 ) -> Engine:
     """One step for all padded lengths, or one for each, and the batches: everything of `fit` that touches a gradient.
 
-    `sampler` draws over the records that are really there; the other arguments are those of `fit`, but for `prefix_expected`:
-    whether cache_frozen_prefix is refused where there is nothing to keep.
+    `sampler` draws over the records that are really there; the other arguments are those of `fit`. With cache_frozen_prefix the
+    engine has a `prefix`, unless nothing worth keeping lies before the first trainable.
 
     Raises:
         CompileRefused: the model is refused; or noise="grid" cannot count so many records, or the machine's kernels give a
@@ -251,12 +251,9 @@ def build_engine(
             check_places(step, layout.on_device(example, device), size, within=SLACK_PER_RECORD)
     prefix = None
     if cache_frozen_prefix:
-        try:
+        with contextlib.suppress(NothingFrozen):
             _check_prefix(plain, layout, noise)
             prefix = PrefixCache(steps, batches)
-        except NothingFrozen:
-            if prefix_expected:
-                raise
     return Engine(steps, batches, sampler, parallel_batches, prefix)
 
 

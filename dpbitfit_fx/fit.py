@@ -40,6 +40,7 @@ from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_se
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
+from dpbitfit_fx.passes.frozen_prefix import NothingFrozen
 from dpbitfit_fx.passes.numerics import NOISES
 from dpbitfit_fx.phases import Phase, joined_hash, naming_phase, plan_phases
 from dpbitfit_fx.privacy_statement import PrivacyStatement, base_id, library_versions, mechanism_ids, new_run_id
@@ -258,8 +259,6 @@ def fit(
 
         with _model_as_found(model), contextlib.ExitStack() as undo:
 
-            kept: list[int] = []  # phases with a frozen prefix: one at least, where they are to be kept
-
             def engine_of(index: int) -> Engine:
                 phase, sampler = plan[index], samplers[index]
                 assert phase.trainable is not None and phase.exclude is not None and phase.clipping is not None
@@ -283,7 +282,6 @@ def fit(
                         noise=noise,
                         memory_budget=memory_budget,
                         cache_frozen_prefix=cache_frozen_prefix,
-                        prefix_expected=index == len(plan) - 1 and not kept,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -303,9 +301,10 @@ def fit(
                     if not stages:
                         check_rows(engine.batches)
                     if engine.prefix is not None:
-                        kept.append(index)
                         engine.prefix.show = progress and ranks.first
                     stages.append(_stage(phase, engine, samplers[index]))
+            if cache_frozen_prefix and all(stage.engine.prefix is None for stage in stages):
+                raise NothingFrozen
             first, last = stages[0].engine, stages[-1].record
             trained = {name: p for stage in stages for name, p in stage.engine.update.parameters().items()}
             fingerprint = {

@@ -98,16 +98,23 @@ def float32_products() -> Iterator[None]:
                 kind.fp32_precision = precision
 
 
-class _Packed:
-    """A packed weight and the frozen tensors it was made from, as they were: object and version of each."""
+class MadeFrom:
+    """Tensors that something was made from, as they were: object and version of each."""
+
+    def __init__(self, sources: Sequence[torch.Tensor]) -> None:
+        self._then = [(weakref.ref(x), _version(x)) for x in sources]
+
+    def fresh(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, and unchanged."""
+        return all(ref() is x and v == _version(x) for (ref, v), x in zip(self._then, sources, strict=True))
+
+
+class _Packed(MadeFrom):
+    """A packed weight, and the frozen tensors it was made from."""
 
     def __init__(self, item: Pack, state: Any) -> None:
-        sources = [state[name] for name in item.sources]
-        self.made_from = [(weakref.ref(x), _version(x)) for x in sources]
+        super().__init__([state[name] for name in item.sources])
         self.tensor = pack(item, state)
-
-    def fresh(self, sources: list[torch.Tensor]) -> bool:
-        return all(ref() is x and v == _version(x) for (ref, v), x in zip(self.made_from, sources, strict=True))
 
 
 # Steps compiled for several padded lengths of one model share its packed weights; gone when the last step is.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpbitfit_fx.batching import PhysicalBatch, PhysicalBatches
 from dpbitfit_fx.errors import CompileRefused, DataError
+from dpbitfit_fx.lowering import MadeFrom
 
 if TYPE_CHECKING:
     from dpbitfit_fx.compile import PrivateStep
@@ -38,13 +39,14 @@ class PrefixCache:
         self.bytes = 0
         self._rows: dict[int, tuple[bytes, list[Tensor]]] = {}
         self._dummies: list[list[Tensor]] = []
-        self._made_of: list[tuple[int, int]] = []
+        self._made_from: MadeFrom | None = None
 
     def ready(self, guard: Callable[[PhysicalBatch, Callable[[], Any]], Any]) -> None:
         """Fills the cache, where it is empty or out of date; ``guard(batch, work)`` does the work and names a bad record."""
-        state = [(id(x), 0 if x.is_inference() else x._version) for step in self.steps for x in self._frozen(step)]
-        if state == self._made_of:
+        frozen = [x for step in dict.fromkeys(self.steps) for x in self._frozen(step)]
+        if self._made_from is not None and self._made_from.fresh(frozen):
             return
+        made_from = MadeFrom(frozen)
         self.bytes, self._rows = 0, {}
         self._dummies = [self._computed(self.batches.assemble(b, [], [])) for b in range(len(self.steps))]
         self._dummies = [[x[0].clone() for x in values] for values in self._dummies]
@@ -59,7 +61,7 @@ class PrefixCache:
                 bar.advance(task, len(batch.rows))
                 if len(self._rows) == len(batch.rows):
                     self._check_room()
-        self._made_of = state
+        self._made_from = made_from
 
     def of(self, batch: PhysicalBatch) -> list[Tensor]:
         """For a physical batch of this dataset's records: the tensors [B, ..] that ``PrivateStep.accumulate`` takes."""

@@ -34,6 +34,12 @@ HEAVY = PRODUCTS | {aten._fft_r2c.default, aten._fft_c2c.default}
 class NothingFrozen(CompileRefused):
     """No product, convolution or attention lies before the first trainable."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "Nothing worth keeping lies before the first trainable parameter. Train the last blocks only, for example with "
+            "exclude=['*layer.[0-3].*'], or leave cache_frozen_prefix off."
+        )
+
 
 class Parts(NamedTuple):
     """``prefix``: one output per value that crosses, [B, ..]; ``rest``: the PARTIAL graph that reads them as batch inputs.
@@ -62,10 +68,7 @@ def split_prefix(joint: JointGraph) -> Parts:
     if joint.draws:
         raise CompileRefused("Dropout draws anew at every step: nothing that it reaches can be computed once. Leave it off.")
     if not heavy:
-        raise NothingFrozen(
-            "Nothing worth keeping lies before the first trainable parameter. Train the last blocks only, for example with "
-            "exclude=['*layer.[0-3].*'], or leave cache_frozen_prefix off."
-        )
+        raise NothingFrozen
     bytes_of = _storable(joint, fixed)
     cut = _least_cut(fixed, heavy, moved, bytes_of)
     return Parts(*_parts(joint, cut), tuple(_inputs_of(cut, joint)))
