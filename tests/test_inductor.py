@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
-from dpbitfit_fx.passes import facts, opaque_weights, packing
-from dpbitfit_fx.passes.opaque_weights import PACKED_LINEAR, ROWS, holding
+from dpbitfit_fx.passes import facts, opaque, packing
+from dpbitfit_fx.passes.opaque import HELD, PACKED_LINEAR, holding
 from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
 reshape = torch.ops.aten.reshape.default
@@ -158,7 +158,7 @@ def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once()
     targets = [n.target for n in graph.nodes]
     assert targets.count(PACKED_LINEAR) == 3 and LINEAR not in targets and LINEAR_ADD not in targets
     assert not {p.target for p in lowered.packs} & {i.target for i in lowered.runner._inputs.inputs}
-    (held,) = (n for n in graph.nodes if n.target is ROWS)
+    (held,) = (n for n in graph.nodes if n.target is HELD)
     (gradients,) = held.args
     assert list(gradients.users) == [held] and len(held.users) == 2  # the norm and the sum
     facts.partial(lowered.joint)
@@ -200,7 +200,7 @@ def test_every_thread_reads_the_packs_that_it_holds() -> None:
 
 
 def test_the_operators_that_hide_packs_and_rows_are_what_torch_expects_of_one() -> None:
-    torch.library.opcheck(opaque_weights.ROWS, (torch.randn(3, 5),))
+    torch.library.opcheck(opaque.HELD, (torch.randn(3, 5),))
     if LINEAR is not None:
         with holding([pack_linear_weight(torch.randn(8, 4))]):
             torch.library.opcheck(PACKED_LINEAR, (torch.randn(3, 4), torch.randn(8), 0, 8))
