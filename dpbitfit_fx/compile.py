@@ -73,6 +73,11 @@ class PrivateStep:
             check_update(self.update)
 
     @property
+    def captured(self) -> JointGraph:
+        """The checked graph before the clip: losses [B], then per-sample gradients. PRIVATE and without a seal."""
+        return self._captured
+
+    @property
     def trainable_names(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.joint.targets)
 

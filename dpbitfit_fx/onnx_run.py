@@ -136,7 +136,7 @@ def export_run(
         CompileRefused, PrivacyError, DataError, ArtifactError: as from ``fit`` and ``export_onnx``.
     """
     from dpbitfit_fx.onnx_check import Probes, check_eval, check_phase
-    from dpbitfit_fx.ort_export import eval_model
+    from dpbitfit_fx.onnx_eval import eval_model
 
     if (target_epsilon is None) == (noise_multiplier is None):
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
