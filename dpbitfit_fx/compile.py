@@ -327,9 +327,9 @@ class PrivateStep:
         check_rows(self, lengths, in_parts)
 
     def shard(self, shard_of: Callable[[torch.Tensor], Shard | None], lengths: Sequence[int] = ()) -> tuple[int, ...]:
-        """From now on :meth:`accumulate` reads frozen weights as shards, which has to be inside ``gathering``; proved and checked
-        as :func:`compile` does, for which the weights are still to be whole. Returns the ids of the weights, in the order of the
-        gathers. All processes that hold shards have to call it, and the step, at once.
+        """From now on :meth:`accumulate` reads frozen weights as shards, inside ``gathering`` and in all processes that hold them
+        at once. Proved and checked as :func:`compile` does, for which the weights are still to be whole. Returns the ids of the
+        weights, in the order of the gathers.
         """
         runner, order = self._lowered.sharded(shard_of)
         check_rows(self, lengths, lambda batch, mask, total: runner(batch, mask, total)[0])

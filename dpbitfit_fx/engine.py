@@ -77,12 +77,12 @@ class Engine:
         return self.compiled[0]
 
     def shard(self, shards: FrozenShards) -> None:
-        """From now on every step gathers its frozen weights from `shards`; checked while they are whole. On all ranks at once.
+        """From now on every step gathers its frozen weights from `shards`; proved and checked before, while they are whole.
 
         Raises CompileRefused where padded lengths were compiled apart and gather in another order: ranks would mix weights up.
         """
         lengths = sorted({n for leaf in self.batches.layout.leaves for n in leaf.lengths or ()})
-        with shards.gathering():
+        with shards.whole_here():
             orders = {
                 step.shard(shards.of, lengths if step.dynamic_length is not None else ())
                 for step in dict.fromkeys(self.compiled)

@@ -13,6 +13,8 @@ that will not come.
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +42,30 @@ class GatherBroken(RankError):
             "process group. The run stopped, and the model is left sharded; where the run has an output_dir, the same call in "
             "all processes continues it."
         )
+
+
+class _Room:
+    """Memory of the CPU for whole weights, used again when no tensor refers to it any more: as many pieces as are alive at once.
+
+    malloc would do, but it was seen to keep several weights' worth for itself, and new pages cost more than the gather.
+    """
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._pieces: list[mmap.mmap] = []
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        size = count * dtype.itemsize
+        # A tensor holds its piece: three references are the list's, the loop's and that of the call.
+        free = [piece for piece in self._pieces if sys.getrefcount(piece) == 3]
+        fitting = [piece for piece in free if len(piece) >= size]
+        if fitting:
+            return torch.frombuffer(min(fitting, key=len), dtype=dtype, count=count)
+        kept = [piece for piece in self._pieces if piece not in free[:1]]
+        piece = mmap.mmap(-1, size)
+        self._pieces = [*kept, piece][-self.MOST :]
+        return torch.frombuffer(piece, dtype=dtype, count=count)
 
 
 class _Place(NamedTuple):
@@ -139,7 +165,7 @@ class FrozenShards:
         # As the weights' device asks: a default group of nccl has no backend for the CPU.
         backend = "gloo" if device.type == "cpu" else None
         self._group: Any = dist.new_group(backend=backend, timeout=default_group_timeout())
-        self._device = device
+        self._device, self._room = device, _Room()
         world: Any = dist.group.WORLD
         mesh = DeviceMesh.from_group(world, device.type)
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -187,8 +213,17 @@ class FrozenShards:
 
     def gather(self, shard: Tensor, ranks: int) -> Tensor:
         """``[m, ..] -> [N m, ..]``: the ranks' shards, in their order."""
-        whole = shard.new_empty((ranks * shard.shape[0], *shard.shape[1:]))
-        self._together(lambda: gather_into(whole, shard, self._group))
+        shape = (ranks * shard.shape[0], *shard.shape[1:])
+        if shard.device.type != "cpu":
+            whole = shard.new_empty(shape)
+            self._together(lambda: gather_into(whole, shard, self._group))
+            return whole
+        # Part by part: gloo would gather into a second copy.
+        whole = self._room.take(math.prod(shape), shard.dtype).view(shape)
+        parts = whole.chunk(ranks)
+        parts[self._rank].copy_(shard)
+        for rank, part in enumerate(parts):
+            self._together(lambda rank=rank, part=part: dist.broadcast(part, rank, self._group))  # type: ignore[misc]
         return whole
 
     def gathered(self, weight: _Weight) -> Tensor:
@@ -208,6 +243,17 @@ class FrozenShards:
     def gathering(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a sharded step gathers from these ranks."""
         return gathering(self.gather)
+
+    def whole_here(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a sharded step gets from this rank's whole weights what :meth:`check` saw the ranks gather."""
+        here = {weight.shard.tensor.data_ptr(): weight for weight in self.weights}
+
+        def gather(shard: Tensor, ranks: int) -> Tensor:
+            weight = here[shard.data_ptr()]
+            whole, more = weight.parameter.detach(), ranks * shard.shape[0] - weight.shape[0]
+            return torch.cat([whole, shard.new_zeros((more, *shard.shape[1:]))]) if more else whole
+
+        return gathering(gather)
 
     def _together(self, collective: Callable[[], Any]) -> None:
         failed = self._group is None
@@ -250,8 +296,7 @@ class FrozenShards:
         for weight in self.weights:
             whole = self.gathered(weight)
             if to_all or self._rank == 0:
-                filled = weight.shard.tensor.shape[0] * self._ranks > weight.shape[0]
-                found.append(whole.clone() if filled else whole)
+                found.append(whole.clone())
         for weight, whole in zip(self.weights, found, strict=False):
             weight.parameter.data = whole
             for module, name, _ in weight.places:
