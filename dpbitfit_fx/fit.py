@@ -213,13 +213,7 @@ def fit(
     if noise not in NOISES:
         raise PrivacyError(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
     average_from = check_average_from(average_from)
-    if shard_frozen:
-        check_sharding(
-            backend=backend,
-            precision=precision,
-            parallel_batches=parallel_batches,
-            cache_frozen_prefix=cache_frozen_prefix,
-        )
+    check_sharding(shard_frozen, backend, precision, parallel_batches, cache_frozen_prefix)
     account = RunAccount(ledger if ranks.first else None)
     records = _dataset_length(dataset)
     check_distinct(dataset)
@@ -270,6 +264,7 @@ def fit(
             account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
         sigma, shard_frozen = ranks.settle([sigma, shard_frozen and ranks.several])
         if shard_frozen:
+            check_sharding(True, backend, precision, parallel_batches, cache_frozen_prefix)  # where rank 0 alone was asked to
             ranks.compare(lambda: {"the frozen weights": parts_of(model)})
             ranks.at_once(lambda: make_whole(model))
             ranks.settle(None)
@@ -349,7 +344,8 @@ def fit(
 
             fingerprint |= ranks.compare(lambda: _described(stages, asked, fingerprint))
             if shard_frozen:
-                ranks.at_once(lambda: _shard(ranks, model, stages, trained))
+                shards = ranks.at_once(lambda: _sharded(ranks, model, stages, trained))
+                ranks.at_once(shards.free)  # no rank's weights before every rank's checks
             if not ranks.first:
                 told = ranks.help([stage.engine for stage in stages], trained, begin)
                 return _told(told, model, sigma)
@@ -448,13 +444,15 @@ def fit(
             store.close()
 
 
-def _shard(ranks: Ranks, model: nn.Module, stages: Sequence[Stage], trained: Mapping[str, nn.Parameter]) -> None:
-    """From now on each rank keeps its share of the large frozen weights, and every step gathers them."""
+def _sharded(
+    ranks: Ranks, model: nn.Module, stages: Sequence[Stage], trained: Mapping[str, nn.Parameter]
+) -> FrozenShards:
+    """The large frozen weights as shards, which from now on every step gathers; the whole ones are still there."""
     ranks.shards = shards = FrozenShards(model, trained.values())
     shards.check()
     for stage in stages:
         stage.engine.shard(shards)
-    shards.free()
+    return shards
 
 
 def _described(stages: Sequence[Stage], asked: Sequence[Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class _Weight(NamedTuple):
     places: list[_Place]
 
 
-def check_sharding(*, backend: str, precision: str, parallel_batches: int, cache_frozen_prefix: bool) -> None:
+def check_sharding(
+    shard_frozen: bool, backend: str, precision: str, parallel_batches: int, cache_frozen_prefix: bool
+) -> None:
     """Raises CompileRefused for what cannot be combined with shard_frozen."""
     for wrong, what, instead in (
         (backend != "eager", f"backend={backend!r}, whose kernels take whole weights", "backend='eager'"),
@@ -93,7 +95,7 @@ def check_sharding(*, backend: str, precision: str, parallel_batches: int, cache
         (parallel_batches != 1, f"parallel_batches={parallel_batches}, whose order varies", "parallel_batches=1"),
         (cache_frozen_prefix, "cache_frozen_prefix, whose records differ from rank to rank", "cache_frozen_prefix=False"),
     ):
-        if wrong:
+        if wrong and shard_frozen:
             raise CompileRefused(
                 f"shard_frozen=True cannot be combined with {what}: all processes gather the same weights in the same order. "
                 f"Use {instead}, or shard_frozen=False."
@@ -218,13 +220,13 @@ class FrozenShards:
             whole = shard.new_empty(shape)
             self._together(lambda: gather_into(whole, shard, self._group))
             return whole
-        # Part by part: gloo would gather into a second copy.
-        whole = self._room.take(math.prod(shape), shard.dtype).view(shape)
-        parts = whole.chunk(ranks)
-        parts[self._rank].copy_(shard)
+        # Part by part: gloo would gather into a second copy. As bytes, since gloo does not know every dtype.
+        whole = self._room.take(math.prod(shape), shard.dtype)
+        parts = whole.view(torch.uint8).chunk(ranks)
+        parts[self._rank].copy_(shard.reshape(-1).view(torch.uint8))
         for rank, part in enumerate(parts):
             self._together(lambda rank=rank, part=part: dist.broadcast(part, rank, self._group))  # type: ignore[misc]
-        return whole
+        return whole.view(shape)
 
     def gathered(self, weight: _Weight) -> Tensor:
         return self.gather(weight.shard.tensor, self._ranks)[: weight.shape[0]]
