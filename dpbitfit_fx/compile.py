@@ -23,6 +23,7 @@ from .passes.meaning import check_meaning
 from .passes.numerics import NOISES
 from .passes.pipeline import CAPTURE, DEAD, DEAD_TOKENS, MEANING, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
+from .passes.sharded_weights import Shard
 from .passes.torch_private import tree_flatten
 from .randomness import SecretKey, stream
 from .report import Report, make_report
@@ -329,6 +330,16 @@ class PrivateStep:
             return self._lowered(batch, mask, total, [x.flip(0) for x in kept])
 
         check_rows(self, lengths, in_parts)
+
+    def shard(self, shard_of: Callable[[torch.Tensor], Shard | None], lengths: Sequence[int] = ()) -> tuple[int, ...]:
+        """From now on :meth:`accumulate` reads frozen weights as shards, inside ``gathering`` and in all processes that hold them
+        at once. Proved and checked as :func:`compile` does, for which the weights are still to be whole. Returns the ids of the
+        weights, in the order of the gathers.
+        """
+        runner, order = self._lowered.sharded(shard_of)
+        check_rows(self, lengths, lambda batch, mask, total: runner(batch, mask, total)[0])
+        self._lowered.run_as(runner)
+        return order
 
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """``(accumulator + noise_scale * noise) / expected_batch_size`` [D], ``noise ~ N(0, I)`` [D]: may leave (SEALED)."""

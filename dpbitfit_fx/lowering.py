@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .passes.opaque import holding
 from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
 from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
+from .passes.sharded_weights import Shard, shard_weights
 from .passes.torch_private import has_bfloat16_products, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
@@ -191,6 +192,8 @@ class Lowered:
     every batch size; :mod:`passes.opaque_weights` gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less.
     With :meth:`prefix`, what no trainable reaches is computed apart (:mod:`passes.frozen_prefix`).
 
+    After :meth:`run_as`, large frozen weights are read as shards (:mod:`passes.sharded_weights`).
+
     A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
     invisible to torch's version counter: compile again after one.
     """
@@ -237,6 +240,18 @@ class Lowered:
         """Numbers of the batch's tensors that the prefix is computed from."""
         self._split()
         return self._reads
+
+    def sharded(self, shard_of: Callable[[torch.Tensor], Shard | None]) -> tuple[_Runner, tuple[int, ...]]:
+        """The same sum from shards of these frozen weights, and the weights, by their id, in the order of the gathers."""
+        shards = {i.target: shard_of(self._whole.state[i.target]) for i in self._whole.with_role(Role.FROZEN)}
+        joint, order = shard_weights(self._whole, {n: shard for n, shard in shards.items() if shard is not None})
+        facts.partial(joint)
+        backend, _, precision = self._options
+        return _Runner(joint, backend, False, precision), tuple(id(self._whole.state[n]) for n in order)
+
+    def run_as(self, runner: _Runner) -> None:
+        """What runs from now on: of :meth:`sharded`."""
+        self.runner, self.joint, self.packs = runner, runner.joint, runner.packs
 
     def _split(self) -> tuple[_Runner, _Runner]:
         if self._parts is None:
