@@ -246,8 +246,7 @@ class Lowered:
         shards = {i.target: shard_of(self._whole.state[i.target]) for i in self._whole.with_role(Role.FROZEN)}
         joint, order = shard_weights(self._whole, {n: shard for n, shard in shards.items() if shard is not None})
         facts.partial(joint)
-        backend, _, precision = self._options
-        return _Runner(joint, backend, False, precision), tuple(id(self._whole.state[n]) for n in order)
+        return _Runner(joint, "eager", False, False, "float32"), tuple(id(self._whole.state[n]) for n in order)
 
     def run_as(self, runner: _Runner) -> None:
         """What runs from now on: of :meth:`sharded`."""

@@ -16,9 +16,11 @@ import contextlib
 import math
 import mmap
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,19 +55,19 @@ class _Room:
     MOST = 4
 
     def __init__(self) -> None:
-        self._pieces: list[mmap.mmap] = []
+        self._pieces: list[tuple[mmap.mmap, Callable[[], Any]]] = []  # and what lives as long as a tensor on the piece does
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
         size = count * dtype.itemsize
-        # A tensor holds its piece: three references are the list's, the loop's and that of the call.
-        free = [piece for piece in self._pieces if sys.getrefcount(piece) == 3]
+        free = [piece for piece, lent in self._pieces if lent() is None]
         fitting = [piece for piece in free if len(piece) >= size]
-        if fitting:
-            return torch.frombuffer(min(fitting, key=len), dtype=dtype, count=count)
-        kept = [piece for piece in self._pieces if piece not in free[:1]]
-        piece = mmap.mmap(-1, size)
-        self._pieces = [*kept, piece][-self.MOST :]
-        return torch.frombuffer(piece, dtype=dtype, count=count)
+        chosen = min(fitting, key=len) if fitting else mmap.mmap(-1, size)
+        gone = chosen if fitting else free[0] if free else None
+        held = np.frombuffer(chosen, np.uint8, size)  # the storage of every tensor on it holds this very object
+        kept = [entry for entry in self._pieces if entry[0] is not gone]
+        alive: Callable[[], Any] = weakref.ref(held)
+        self._pieces = [*kept, (chosen, alive)][-self.MOST :]
+        return torch.from_numpy(held).view(dtype)
 
 
 class _Place(NamedTuple):
