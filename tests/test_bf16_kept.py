@@ -13,23 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
-from dpbitfit_fx.passes import bf16_kept, facts, packing
+from dpbitfit_fx.passes import bf16_kept, facts
 from dpbitfit_fx.passes.bf16_kept import keep_bfloat16
 from dpbitfit_fx.passes.opaque import HELD
-from dpbitfit_fx.passes.torch_private import LINEAR
 
 aten = torch.ops.aten
 NORM = aten.native_layer_norm_backward.default
 WIDTH, LENGTH = 64, 6
 
 
-@pytest.fixture(autouse=True)
-def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN emulates bfloat16 products on CPUs that lack them: slow, with the same numbers."""
-    if LINEAR is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no bfloat16 here")
-    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
-    monkeypatch.setattr(packing, "can_pack", lambda: True)
+pytestmark = pytest.mark.usefixtures("bfloat16_products")
 
 
 class Blocks(nn.Module):
