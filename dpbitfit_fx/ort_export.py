@@ -32,7 +32,6 @@ from dpbitfit_fx.onnx_export import (
     Layout,
     Optimizer,
     at_captured_length,
-    constant,
     example_rows,
     export_core,
     flat_parameters,
@@ -48,7 +47,8 @@ from dpbitfit_fx.onnx_export import (
     split_flat,
     to_onnx,
 )
-from dpbitfit_fx.onnx_weights import INLINE_LIMIT, read_transposed, save_models
+from dpbitfit_fx.onnx_quantize import FrozenWeights
+from dpbitfit_fx.onnx_weights import INLINE_LIMIT, constant, read_transposed, save_models
 from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
@@ -232,8 +232,13 @@ def _call(
     return torch.func.functional_call(_Holder(model, fn), given, (batch,), tie_weights=True)
 
 
-def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None) -> tuple[ir.Model, list[str]]:
-    """The evaluation graph and its outputs' names; parameters follow the user inputs, in the training graph's order."""
+def eval_model(
+    step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None, weights: FrozenWeights | None = None
+) -> tuple[ir.Model, list[str]]:
+    """The evaluation graph and its outputs' names; parameters follow the user inputs, in the training graph's order.
+
+    weights: quantizes the frozen ones.
+    """
     module = EvalModule(step, layout, eval_output, loss_function(step))
     leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
     with torch.no_grad():
@@ -258,6 +263,8 @@ def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]
     model = to_onnx(whole, args, names, batched, outputs, what, length, padded)
     freeze(model, frozen)
     read_transposed(model)
+    if weights is not None:
+        weights.rewrite(model, frozen)
     return model, outputs
 
 
