@@ -50,6 +50,10 @@ class Quantized:
     zero: npt.NDArray[np.uint8] | None = None
 
     @property
+    def bits(self) -> int:
+        return 8 if self.zero is None else 4
+
+    @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
@@ -82,7 +86,8 @@ def quantized(weight: Array, bits: int) -> Quantized:
     width = next((k for k in (math.prod(weight.shape[i:]) for i in range(weight.ndim - 1, 0, -1)) if k >= SHORTEST_ROW), 0)
     matrix = weight.reshape(-1, width or math.prod(weight.shape[1:]))
     if bits == 8 or matrix.shape[1] % BLOCK:
-        scale, zero = _scales(tools, matrix, *tools.get_qmin_qmax_for_qType(kinds.INT8, symmetric=True), True)
+        low, high = tools.get_qmin_qmax_for_qType(kinds.INT8, symmetric=True)
+        scale, zero = _scales(tools, matrix, low, high, True)
         codes = tools.quantize_nparray(kinds.INT8, matrix, scale[:, None], zero[:, None].astype(np.int8))
         return Quantized(weight.shape, codes.astype(np.int8), scale)
     blocks = matrix.reshape(-1, BLOCK)
@@ -164,8 +169,7 @@ class FrozenWeights:
             "bits": self.bits,
             "scheme": SCHEMES[self.bits],
             "quantizer": f"onnxruntime.quantization {onnxruntime.__version__}",
-            "tensors": len(parts),
-            "values": sum(math.prod(part.shape) for part in parts),
+            "values": {str(bits): sum(math.prod(p.shape) for p in parts if p.bits == bits) for bits in (8, 4)},
             "bytes": sum(part.nbytes for part in parts),
             "gradient_distance": [
                 float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, wanted, strict=True)
@@ -234,16 +238,18 @@ class _Reader:
     def _whole(self, number: int) -> list[ir.Node]:
         """The weight in float32, for one reader. Its scales are its own: one DequantizeLinear for two readers, to which ONNX
         Runtime would join equal ones, would keep every weight in float32 from the forward to the backward pass."""
-        content, nodes = self.content, []
+        content = self.content
+        nodes: list[ir.Node] = []
         codes = self._constant("codes", content.codes)
-        given = [self._constant(f"scale_{number}", content.scale.reshape(-1))]
+        zero = np.zeros(len(content.codes), np.int8) if content.zero is None else content.zero.reshape(-1)
+        # Zeros are written too: without them ONNX Runtime, which moves a Transpose of the weight, takes the codes for uint8.
+        given = [self._constant(f"scale_{number}", content.scale.reshape(-1)), self._constant("zero", zero)]
         if content.zero is not None:
             if self._unpacked is None:
                 nodes, both = self._halves(codes, "numbers")
                 nodes.append(self._node("Reshape", [both, self._sizes("block", [-1, BLOCK])], "blocks"))
                 self._unpacked = nodes[-1].outputs[0]
             codes = self._unpacked
-            given.append(self._constant("zero", content.zero.reshape(-1)))
         nodes.append(self._node("DequantizeLinear", [codes, *given], f"float_{number}", axis=0))
         if content.zero is not None or content.codes.shape != content.shape:
             shape = self._sizes("shape", content.shape)
