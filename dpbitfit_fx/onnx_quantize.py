@@ -1,8 +1,5 @@
-"""Frozen weights in 8 or 4 bits. ONNX Runtime's own quantizer chooses the numbers; plain ONNX operators read them.
-
-    8 bits   int8 [rows, K], a scale per row                          DequantizeLinear(codes, scale, axis=0)
-    4 bits   uint8 [rows, K/32, 16], two numbers in each byte, a       byte & 15 and byte >> 4, then DequantizeLinear
-             scale and a zero point per block of 32                   by block
+"""Frozen weights in 8 or 4 bits. ONNX Runtime's own quantizer chooses the numbers; plain ONNX operators read them
+(``onnx_dequantize``).
 
 One copy is on disk, for all graphs. A product dequantizes its weight just before it reads it, the forward and the backward
 pass each for itself, so that one weight at a time is there in float32; of a table, only the rows that were looked up are.
@@ -12,7 +9,6 @@ quantized: a scale taken over a batch would let one record move the others' grad
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,46 +19,19 @@ import numpy.typing as npt
 import torch
 
 from dpbitfit_fx.errors import ExportError
-from dpbitfit_fx.onnx_weights import INLINE_LIMIT, constant
+from dpbitfit_fx.onnx_dequantize import BLOCK, Quantized, read_quantized
+from dpbitfit_fx.onnx_weights import INLINE_LIMIT
 from dpbitfit_fx.passes.torch_private import tree_flatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BLOCK: Final = 32  # numbers that share a scale, in 4 bits
 SHORTEST_ROW: Final = 32
-FLOAT: Final = 1  # of onnx.TensorProto
 SCHEMES: Final = {
     8: "int8, symmetric, one scale per row",
     4: f"uint4, a scale and a zero point per block of {BLOCK}; rows that blocks do not divide: as in 8 bits",
 }
 Array = npt.NDArray[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """One weight. In 8 bits: codes int8 [rows, K], scale float32 [rows]. In 4: codes uint8 [rows, K/32, 16], whose byte i holds
-    the numbers i (low half) and 16 + i of its block, scale float32 [rows, K/32], zero uint8 [rows, K/32]."""
-
-    shape: tuple[int, ...]
-    codes: Array
-    scale: npt.NDArray[np.float32]
-    zero: npt.NDArray[np.uint8] | None = None
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.zero is None else 4
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
-
-    def values(self) -> npt.NDArray[np.float32]:
-        """What the graph computes with, to the bit: float32 of ``shape``."""
-        if self.zero is None:
-            return (self.codes.astype(np.float32) * self.scale[:, None]).reshape(self.shape)
-        numbers = np.concatenate([self.codes & 15, self.codes >> 4], axis=2)
-        return ((numbers.astype(np.float32) - self.zero[..., None]) * self.scale[..., None]).reshape(self.shape)
 
 
 def check_bits(weight_bits: int | None) -> None:
@@ -152,7 +121,7 @@ class FrozenWeights:
         for name, tensor in frozen.items():
             weight = model.graph.initializers.get(name)
             if weight is not None and _key(tensor) in self.parameters:
-                _Reader(model, weight, self.quantized(tensor)).replace()
+                read_quantized(model, weight, self.quantized(tensor))
 
     def described(self, steps: Sequence[Any]) -> dict[str, Any]:
         """For the manifest: how, by which version, how much, and how far the gradients of the example batch moved.
@@ -203,104 +172,3 @@ def _clipped_sum(step: Any) -> torch.Tensor:
     with torch.no_grad():
         total: torch.Tensor = step.accumulate(step.example_batch, torch.ones(rows), step.zero_accumulator())
     return total
-
-
-class _Reader:
-    """Writes what reads one quantized weight into a graph."""
-
-    def __init__(self, model: ir.Model, weight: ir.Value, content: Quantized) -> None:
-        self.model, self.weight, self.content = model, weight, content
-        self._unpacked: ir.Value | None = None
-
-    def replace(self) -> None:
-        graph, name = self.model.graph, str(self.weight.name)
-        early: list[ir.Node] = []
-        table = len(self.content.shape) == 2 and len(self.content.codes) == self.content.shape[0]
-        for number, (node, at) in enumerate(list(self.weight.uses())):
-            where = node.inputs[1] if node.op_type == "Gather" and at == 0 and table else None
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-            if where is None or where.shape is None or axis or node.outputs[0] in graph.outputs:
-                nodes = self._whole(number)
-                node.replace_input_with(at, nodes[-1].outputs[0])
-                early += nodes
-                continue
-            nodes = self._looked_up(where, number)
-            found, old = nodes[-1].outputs[0], node.outputs[0]
-            found.shape, found.type = old.shape, old.type
-            graph.insert_before(node, nodes)
-            for reader, place in list(old.uses()):
-                reader.replace_input_with(place, found)
-            graph.remove(node, safe=True)
-        # First in the file: ONNX Runtime visits a node's last inputs first, so that it dequantizes just before the product.
-        graph.insert_before(graph[0], early)
-        graph.initializers.pop(name)
-
-    def _whole(self, number: int) -> list[ir.Node]:
-        """The weight in float32, for one reader. Its scales are its own: one DequantizeLinear for two readers, to which ONNX
-        Runtime would join equal ones, would keep every weight in float32 from the forward to the backward pass."""
-        content = self.content
-        nodes: list[ir.Node] = []
-        codes = self._constant("codes", content.codes)
-        zero = np.zeros(len(content.codes), np.int8) if content.zero is None else content.zero.reshape(-1)
-        # Zeros are written too: without them ONNX Runtime, which moves a Transpose of the weight, takes the codes for uint8.
-        given = [self._constant(f"scale_{number}", content.scale.reshape(-1)), self._constant("zero", zero)]
-        if content.zero is not None:
-            if self._unpacked is None:
-                nodes, both = self._halves(codes, "numbers")
-                nodes.append(self._node("Reshape", [both, self._sizes("block", [-1, BLOCK])], "blocks"))
-                self._unpacked = nodes[-1].outputs[0]
-            codes = self._unpacked
-        nodes.append(self._node("DequantizeLinear", [codes, *given], f"float_{number}", axis=0))
-        if content.zero is not None or content.codes.shape != content.shape:
-            shape = self._sizes("shape", content.shape)
-            nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}"))
-        nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = self.weight.shape, self.weight.type
-        return nodes
-
-    def _looked_up(self, where: ir.Value, number: int) -> list[ir.Node]:
-        """The rows ``where`` of a table, each dequantized by itself: ``Gather`` of codes, scales and zero points."""
-        content = self.content
-        four = content.zero is not None
-
-        def rows(part: str, array: Array) -> ir.Node:
-            return self._node("Gather", [self._constant(part, array), where], f"{part}_{number}_rows", axis=0)
-
-        nodes = [rows("codes", content.codes)]
-        if four:
-            nodes += self._halves(nodes[0].outputs[0], f"numbers_{number}_rows")[0]
-        nodes.append(self._node("Cast", [nodes[-1].outputs[0]], f"wide_{number}_rows", to=FLOAT))
-        if content.zero is not None:
-            zero = rows("zero_rows", content.zero.astype(np.float32)[..., None])
-            nodes += [zero, self._node("Sub", [nodes[-1].outputs[0], zero.outputs[0]], f"centred_{number}_rows")]
-        scale = rows("scale_rows", content.scale[..., None])
-        nodes += [scale, self._node("Mul", [nodes[-1].outputs[0], scale.outputs[0]], f"float_{number}_rows")]
-        if four:
-            assert where.shape is not None
-            shape = self._sizes(f"shape_{number}_rows", [*[0] * len(where.shape), content.shape[1]])
-            nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}_rows"))
-        return nodes
-
-    def _halves(self, codes: ir.Value, what: str) -> tuple[list[ir.Node], ir.Value]:
-        """uint8 [.., 16] -> the two numbers of each byte, uint8 [.., 32]."""
-        low = self._node("BitwiseAnd", [codes, self._constant("low_half", np.array(15, np.uint8))], f"{what}_low")
-        half = self._constant("half", np.array(4, np.uint8))
-        high = self._node("BitShift", [codes, half], f"{what}_high", direction="RIGHT")
-        both = self._node("Concat", [low.outputs[0], high.outputs[0]], what, axis=-1)
-        return [low, high, both], both.outputs[0]
-
-    def _name(self, part: str) -> str:
-        return f"{self.weight.name}_dpbitfit_{part}"
-
-    def _node(self, op: str, inputs: Sequence[ir.Value], part: str, **attributes: Any) -> ir.Node:
-        import onnx_ir as ir
-
-        node = ir.node(op, inputs, attributes=attributes)
-        node.outputs[0].name = self._name(part)
-        return node
-
-    def _constant(self, part: str, array: Array) -> ir.Value:
-        found = self.model.graph.initializers.get(self._name(part))
-        return found if found is not None else constant(self.model, self._name(part), array)
-
-    def _sizes(self, part: str, sizes: Sequence[int]) -> ir.Value:
-        return self._constant(part, np.array(sizes, np.int64))
