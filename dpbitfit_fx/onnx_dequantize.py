@@ -1,6 +1,6 @@
 """How a graph reads a weight that is held in 8 or 4 bits: by plain ONNX operators of opset 18.
 
-    8 bits   DequantizeLinear(codes int8 [rows, K], scale [rows], axis=0)
+    8 bits   DequantizeLinear(codes int8 [rows, 1, K], scale [rows], axis=0)
     4 bits   byte & 15 and byte >> 4 of uint8 [rows, K/32, 16], then DequantizeLinear per block of 32
     a table  Gather of codes, scales (and zero points), then the same arithmetic on the rows that were looked up
 
@@ -28,8 +28,8 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """One weight. In 8 bits: codes int8 [rows, K], scale float32 [rows]. In 4: codes uint8 [rows, K/32, 16], whose byte i holds
-    the numbers i (low half) and 16 + i of its block, scale float32 [rows, K/32], zero uint8 [rows, K/32]."""
+    """One weight. In 8 bits: codes int8 [rows, 1, K], scale float32 [rows, 1]. In 4: codes uint8 [rows, K/32, 16], whose byte i
+    holds the numbers i (low half) and 16 + i of its block, scale float32 [rows, K/32], zero uint8 [rows, K/32]."""
 
     shape: tuple[int, ...]
     codes: Array
@@ -47,7 +47,7 @@ class Quantized:
     def values(self) -> npt.NDArray[np.float32]:
         """What the graph computes with, to the bit: float32 of ``shape``."""
         if self.zero is None:
-            return (self.codes.astype(np.float32) * self.scale[:, None]).reshape(self.shape)
+            return (self.codes.astype(np.float32) * self.scale[..., None]).reshape(self.shape)
         numbers = np.concatenate([self.codes & 15, self.codes >> 4], axis=2)
         return ((numbers.astype(np.float32) - self.zero[..., None]) * self.scale[..., None]).reshape(self.shape)
 
@@ -103,22 +103,22 @@ class _Reader:
                 self._unpacked = nodes[-1].outputs[0]
             codes = self._unpacked
         nodes.append(self._node("DequantizeLinear", [codes, *given], f"float_{number}", axis=0))
-        if content.zero is not None or content.codes.shape != content.shape:
-            shape = self._sizes("shape", content.shape)
-            nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}"))
+        # Never a view of the same shape: ONNX Runtime 1.32 joins a DequantizeLinear to the product that reads it, and such a
+        # product rounds its activations to 8 bits.
+        shape = self._sizes("shape", content.shape)
+        nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}"))
         nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = self.weight.shape, self.weight.type
         return nodes
 
     def _looked_up(self, where: ir.Value, number: int) -> list[ir.Node]:
         """The rows ``where`` of a table, each dequantized by itself: ``Gather`` of codes, scales and zero points."""
         content = self.content
-        four = content.zero is not None
 
         def rows(part: str, array: Array) -> ir.Node:
             return self._node("Gather", [self._constant(part, array), where], f"{part}_{number}_rows", axis=0)
 
         nodes = [rows("codes", content.codes)]
-        if four:
+        if content.zero is not None:
             nodes += self._halves(nodes[0].outputs[0], f"numbers_{number}_rows")[0]
         nodes.append(self._node("Cast", [nodes[-1].outputs[0]], f"wide_{number}_rows", to=FLOAT))
         if content.zero is not None:
@@ -127,10 +127,9 @@ class _Reader:
             nodes += [zero, wide, self._node("Sub", [nodes[-1].outputs[0], wide.outputs[0]], f"centred_{number}_rows")]
         scale = rows("scale_rows", content.scale[..., None])
         nodes += [scale, self._node("Mul", [nodes[-1].outputs[0], scale.outputs[0]], f"float_{number}_rows")]
-        if four:
-            assert where.shape is not None
-            shape = self._sizes(f"shape_{number}_rows", [*[0] * len(where.shape), content.shape[1]])
-            nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}_rows"))
+        assert where.shape is not None
+        shape = self._sizes(f"shape_{number}_rows", [*[0] * len(where.shape), content.shape[1]])
+        nodes.append(self._node("Reshape", [nodes[-1].outputs[0], shape], f"whole_{number}_rows"))
         return nodes
 
     def _halves(self, codes: ir.Value, what: str) -> tuple[list[ir.Node], ir.Value]:

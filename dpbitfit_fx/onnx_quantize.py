@@ -58,7 +58,7 @@ def quantized(weight: Array, bits: int) -> Quantized:
         low, high = tools.get_qmin_qmax_for_qType(kinds.INT8, symmetric=True)
         scale, zero = _scales(tools, matrix, low, high, True)
         codes = tools.quantize_nparray(kinds.INT8, matrix, scale[:, None], zero[:, None].astype(np.int8))
-        return Quantized(weight.shape, codes.astype(np.int8), scale)
+        return Quantized(weight.shape, codes.astype(np.int8)[:, None], scale[:, None])
     blocks = matrix.reshape(-1, BLOCK)
     scale, zero = _scales(tools, blocks, np.array(0, np.uint8), np.array(15, np.uint8), False)
     numbers = tools.quantize_nparray(kinds.UINT8, blocks, scale[:, None], zero[:, None].astype(np.uint8), 0, 15)
