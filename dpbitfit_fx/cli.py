@@ -244,6 +244,9 @@ def export(
         str | None, typer.Option(help="Public lengths such as 16,32,64 that one graph takes, in place of --length.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows of the made-up example batch.", min=2)] = 4,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="8 or 4: hold frozen weights in so many bits (--format onnx).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a trained model's private step, checked against PyTorch, to train further without PyTorch."""
@@ -253,6 +256,8 @@ def export(
     public = None if padded_lengths is None else parse_lengths(padded_lengths)
     if format not in ("ort", "onnx"):
         raise DPBitFitError(f"--format must be ort or onnx; got '{format}'.")
+    if weight_bits is not None and (format != "onnx" or weight_bits not in (8, 4)):
+        raise DPBitFitError(f"--weight-bits takes 8 or 4, with --format onnx; got {weight_bits} with --format {format}.")
     if optimizer not in ("adamw", "sgd"):
         raise DPBitFitError(f"--optimizer must be adamw or sgd; got '{optimizer}'.")
     described = read_run(run)
@@ -297,7 +302,7 @@ def export(
         else:
             from dpbitfit_fx.onnx_export import export_onnx
 
-            folder = export_onnx(step, output, **plan)
+            folder = export_onnx(step, output, weight_bits=weight_bits, **plan)
         from dpbitfit_fx.ort_text import attach_text
 
         attach_text(folder, tokenizer.backend_tokenizer.to_str(), labels, tokenizer.pad_token_id or 0, public)

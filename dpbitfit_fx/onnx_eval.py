@@ -35,6 +35,10 @@ from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from dpbitfit_fx.onnx_quantize import FrozenWeights
+
+    Exported = tuple[ir.Model, dict[str, torch.Tensor], list[str]]  # the frozen weights still inputs; outputs' names
+
 __all__ = ["EvalModule", "as_trained", "eval_model"]
 
 
@@ -106,9 +110,9 @@ class _MeanLoss(torch.nn.Module):
         output.args = ((output.args[0][0],),)  # type: ignore[index]
         self.losses = Lowered(finish(graph))
         order = {Role.BATCH: 0, Role.TRAINABLE: 1, Role.FROZEN: 2}
-        self.roles = [i.role for i in joint.inputs]
-        self.order = sorted(range(len(self.roles)), key=lambda i: order[self.roles[i]])
-        self.rows = self.roles.count(Role.BATCH)
+        roles = [i.role for i in joint.inputs]
+        self.order = sorted(range(len(roles)), key=lambda i: order[roles[i]])
+        self.rows = roles.count(Role.BATCH)
 
     def forward(self, *args: torch.Tensor) -> torch.Tensor:
         mask, given = args[self.rows], [*args[: self.rows], *args[self.rows + 1 :]]
@@ -117,17 +121,29 @@ class _MeanLoss(torch.nn.Module):
         return torch.where(mask > 0, losses, 0.0).sum() / (mask > 0).sum().clamp(min=1)
 
 
-def eval_model(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None) -> tuple[ir.Model, list[str]]:
+def eval_model(
+    step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None, weights: FrozenWeights | None = None
+) -> tuple[ir.Model, list[str]]:
     """The evaluation graph and its outputs' names; parameters follow the user inputs, in the training graph's order.
+
+    weights: quantizes the frozen ones.
 
     Raises:
         ExportError: an operator has no ONNX form, or ``eval_output`` cannot be traced.
     """
     with as_trained():
-        return _losses(step, layout) if eval_output is None else _outputs(step, layout, eval_output)
+        if eval_output is None:
+            model, frozen, outputs = _losses(step, layout)
+        else:
+            model, frozen, outputs = _outputs(step, layout, eval_output)
+    freeze(model, frozen)
+    read_transposed(model)
+    if weights is not None:
+        weights.rewrite(model, frozen)
+    return model, outputs
 
 
-def _losses(step: Any, layout: Layout) -> tuple[ir.Model, list[str]]:
+def _losses(step: Any, layout: Layout) -> Exported:
     leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
     joint: JointGraph = step.captured
     values, called, frozen = graph_arguments(joint, step, layout, leaves)
@@ -140,12 +156,10 @@ def _losses(step: Any, layout: Layout) -> tuple[ir.Model, list[str]]:
     module(*args)  # on real tensors once: it builds the constants
     what = "The mean loss (pass eval_output=... for another evaluation model)"
     model = to_onnx(module, unaliased(args), names, batched, ["mean_loss"], what, length, padded)
-    freeze(model, frozen)
-    read_transposed(model)
-    return model, ["mean_loss"]
+    return model, frozen, ["mean_loss"]
 
 
-def _outputs(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]) -> tuple[ir.Model, list[str]]:
+def _outputs(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]) -> Exported:
     module = EvalModule(step, layout, eval_output)
     leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
     flat = torch.from_numpy(flat_parameters(step, layout.parameters))
@@ -159,6 +173,4 @@ def _outputs(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]) 
     batched = [i < len(leaves) for i in range(len(names) + len(frozen))]
     args, names = [*args, *frozen.values()], [*names, *frozen]
     model = to_onnx(whole, args, names, batched, outputs, "eval_output", length, padded, users=True)
-    freeze(model, frozen)
-    read_transposed(model)
-    return model, outputs
+    return model, frozen, outputs

@@ -32,8 +32,9 @@ from dpbitfit_fx.biases import fingerprints
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.export_folder import write_folder
 from dpbitfit_fx.onnx_lowering import Lowered
+from dpbitfit_fx.onnx_quantize import FrozenWeights, check_bits, in_torch
 from dpbitfit_fx.onnx_rows import pin_rows
-from dpbitfit_fx.onnx_weights import read_transposed, save_models
+from dpbitfit_fx.onnx_weights import constant, read_transposed, save_models
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.joint_graph import DynamicLength, JointGraph, Role
 from dpbitfit_fx.passes.lengths import resized
@@ -436,8 +437,8 @@ class Core:
     layout: Layout
 
 
-def export_core(step: Any, layout: Layout) -> Core:
-    """The PARTIAL-sealed graph of the step, lowered and exported, frozen weights as initializers.
+def export_core(step: Any, layout: Layout, weights: FrozenWeights | None = None) -> Core:
+    """The PARTIAL-sealed graph of the step, lowered and exported, frozen weights as initializers, quantized by ``weights``.
 
     Raises:
         ExportError: an operator has no ONNX form.
@@ -453,6 +454,8 @@ def export_core(step: Any, layout: Layout) -> Core:
     model = to_onnx(lowered, unaliased(args), names, batched, ["accumulator_out"], what, length, padded)
     freeze(model, frozen)
     read_transposed(model)
+    if weights is not None:
+        weights.rewrite(model, frozen)
     pin_rows(model, [p.numel for p in layout.parameters], constant)
     return Core(model, layout)
 
@@ -557,16 +560,6 @@ def export_update(step: Any, optimizer: Optimizer, layout: Layout, *, rates: boo
 
 
 # -- the plain pair ---------------------------------------------------------------------------------------------------
-
-
-def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    """A named initializer."""
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    model.graph.register_initializer(value)
-    return value
 
 
 def split_flat(
@@ -693,6 +686,7 @@ def export_onnx(
     dataset_size: int | None = None,
     steps: int | None = None,
     target_delta: float | None = None,
+    weight_bits: int | None = None,
     overwrite: bool = False,
     tolerance: float = 1e-5,
 ) -> Path:
@@ -704,6 +698,9 @@ def export_onnx(
         optimizer: "adamw", "sgd", ``AdamW(lr, betas, eps, weight_decay)`` or ``SGD(lr)``; lr is only the default of
         an input.
         sample_rate, dataset_size, steps, target_delta: the public plan, kept in the manifest for the runner.
+        weight_bits: 8 or 4: frozen weights are held so (``onnx_quantize``), by ONNX Runtime's quantizer; default: float32.
+            Biases are then trained for the quantized model. The PyTorch step that the files are compared with runs on
+            the dequantized weights, and the manifest says how far those move the gradients of the example batch.
         overwrite: replace an earlier export at ``path``.
         tolerance: largest error of a clipped sum against the PyTorch step, relative to Σ ‖clipped gradient‖.
 
@@ -721,15 +718,22 @@ def export_onnx(
     from dpbitfit_fx.onnx_check import check_onnx
 
     chosen = resolve_optimizer(optimizer)
+    check_bits(weight_bits)
     step = prepare(step, noise_multiplier, expected_batch_size)
     layout = layout_of(step)
+    weights = None if weight_bits is None else FrozenWeights([step], weight_bits)
 
     def build(folder: Path, previous: Path | None) -> dict[str, Any]:
-        gradient = plain_gradient_model(export_core(step, layout))
+        gradient = plain_gradient_model(export_core(step, layout, weights))
         models = {"grad_step.onnx": gradient, "update_step.onnx": export_update(step, chosen, layout)}
         save_models(models, folder, previous)
         save_initial(step, layout, folder / "initial.safetensors")
         plan = plan_metadata(sample_rate, dataset_size, steps, target_delta)
-        return manifest_of(step, layout, chosen, "onnx", plan, {})
+        extra = {} if weights is None else {"frozen_weights": weights.described([step])}
+        return manifest_of(step, layout, chosen, "onnx", plan, extra)
 
-    return write_folder(path, overwrite, build, lambda folder: check_onnx(step, folder, tolerance=tolerance))
+    def check(folder: Path) -> None:
+        with in_torch(weights):
+            check_onnx(step, folder, tolerance=tolerance)
+
+    return write_folder(path, overwrite, build, check)

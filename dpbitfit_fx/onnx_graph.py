@@ -29,6 +29,11 @@ SEQUENCES: Final = frozenset(
 STRINGS: Final = frozenset(
     ["StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder"]
 )
+# A private step computes in floating point. DynamicQuantizeLinear takes one scale over all records of a batch, so that each
+# moves the others' gradients; the integer products are fed by it.
+INTEGER: Final = frozenset(
+    ["DynamicQuantizeLinear", "QuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"]
+)
 LENGTH: Final = "length"  # in an expected shape: a dimension that is the padded length, free within its range
 # The fields of a model, a graph, a node, a tensor and an attribute that are read here. Any other could carry a second graph.
 FIELDS: Final[Mapping[str, frozenset[str]]] = {
@@ -107,10 +112,12 @@ class OnnxGraph:
         self.producer: dict[str, Any] = {}
         self.readers: dict[str, list[Any]] = {}
         self.custom: list[str] = []
+        self._fixed: set[str] = set()  # constants, and what is computed from nothing else
         for tensor in graph.initializer:
             self._new(tensor.name)
             self._tensor(tensor)
             self.constants[tensor.name] = tensor
+            self._fixed.add(tensor.name)
         for value in graph.input:
             self._new(value.name)
             self.inputs[value.name] = value
@@ -120,6 +127,11 @@ class OnnxGraph:
                 if name and not self._there(name):
                     self.refuse(f"{node.op_type} reads {name!r}, which nothing before it computes")
                 self.readers.setdefault(name, []).append(node)
+            fixed = all(name in self._fixed for name in node.input if name)
+            if node.op_type == "DequantizeLinear" and not fixed:
+                self.refuse("it holds a DequantizeLinear of something that is no constant weight")
+            if fixed:
+                self._fixed.update(node.output)
             for name in node.output:
                 if name:
                     self._new(name)
@@ -189,6 +201,8 @@ class OnnxGraph:
             )
         if kind in CONTROL:
             self.refuse(f"it holds {kind}, which runs a graph inside the graph")
+        if kind in INTEGER:
+            self.refuse(f"it holds {kind}: quantized activations, whose scale the records of a batch could share")
         if kind in STRINGS or (kind in SEQUENCES and not sequences):
             self.refuse(f"it holds {kind}, which no private step needs")
         try:

@@ -44,6 +44,7 @@ from dpbitfit_fx.onnx_export import (
     run_entries,
     save_initial,
 )
+from dpbitfit_fx.onnx_quantize import FrozenWeights, check_bits, in_torch
 from dpbitfit_fx.onnx_weights import save_models
 from dpbitfit_fx.ort_plan import Schedule, rates_by_parameter
 from dpbitfit_fx.passes.clipping import AutomaticClipping, Clipping
@@ -111,6 +112,7 @@ def export_run(
     padded_lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     eval_output: Callable[[Any, Any], Any] | None = None,
     public_tensors: bool = False,
+    weight_bits: int | None = None,
     overwrite: bool = False,
     tolerance: float = 1e-5,
 ) -> Path:
@@ -127,7 +129,7 @@ def export_run(
         padded_lengths: as in ``fit``: one graph takes them all, or there is one for each, with a warning. Default: the
             length of the example.
         eval_output: ``(model, batch) -> tensor(s)``, what eval_model.onnx gives; default: no evaluation model.
-        overwrite, tolerance: as in ``export_onnx``.
+        weight_bits, overwrite, tolerance: as in ``export_onnx``; the evaluation model reads the same quantized weights.
 
     Guarantee: as ``export_onnx``'s, for the graphs of every phase, at every padded length.
 
@@ -138,6 +140,7 @@ def export_run(
     from dpbitfit_fx.onnx_check import Probes, check_eval, check_phase
     from dpbitfit_fx.onnx_eval import eval_model
 
+    check_bits(weight_bits)
     if (target_epsilon is None) == (noise_multiplier is None):
         raise PrivacyError("Give either target_epsilon or noise_multiplier, and not both: one follows from the other.")
     if not phases or not all(isinstance(phase, RunPhase) for phase in phases):
@@ -188,6 +191,8 @@ def export_run(
                 raise PrivacyError(f"warmup_steps is more than the {sampler.steps} planned steps.")
             ready.append(one)
     names = leaf_names(batches.example_batch(0))
+    every = [step for one in ready for step in one.steps]
+    weights = None if weight_bits is None else FrozenWeights(every, weight_bits)
     padded = {n: list(leaf.lengths) for n, leaf in zip(names, batches.leaves, strict=True) if leaf.lengths}
 
     def build(folder: Path, previous: Path | None) -> dict[str, Any]:
@@ -195,14 +200,16 @@ def export_run(
         for index, one in enumerate(ready):
             with naming_phase(index, len(ready)):
                 for step, name in zip(one.steps, one.gradients, strict=True):
-                    models[name] = plain_gradient_model(export_core(step, one.layout))
+                    models[name] = plain_gradient_model(export_core(step, one.layout, weights))
                 models[one.update] = export_update(one.steps[0], one.optimizer, one.layout, rates=True)
         last = ready[-1]
         save_initial(last.step, whole, folder / "initial.safetensors")
         extra: dict[str, Any] = {} if len(lengths) < 2 else {"padded_lengths": padded}
         if eval_output is not None:
-            models["eval_model.onnx"], outputs = eval_model(last.step, whole, eval_output)
+            models["eval_model.onnx"], outputs = eval_model(last.step, whole, eval_output, weights)
             extra |= {"eval_outputs": outputs, "eval_takes_mask": False, "eval_outputs_are_private": False}
+        if weights is not None:
+            extra["frozen_weights"] = weights.described(every)
         save_models(models, folder, previous)
         plan = plan_metadata(None, dataset_size, None, delta) | {"target_epsilon": target_epsilon}
         plan["prior"] = [run.to_dict() for run in runs]
@@ -229,7 +236,11 @@ def export_run(
             probes = Probes(step, more=lengths if step.dynamic_length is not None else ())
             check_eval(step, folder, {}, whole, probes, eval_output)
 
-    return write_folder(path, overwrite, build, check)
+    def check_quantized(folder: Path) -> None:
+        with in_torch(weights):
+            check(folder)
+
+    return write_folder(path, overwrite, build, check_quantized)
 
 
 def _compiled(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 INLINE_LIMIT: Final = 4096
 ALIGNMENT: Final = 1 << 16  # what every system can map into memory
+SMALL: Final = 1 << 18  # bytes; a smaller tensor starts at a page, lest gaps be as large as what they part
+PAGE: Final = 1 << 12
 LARGEST_GRAPH: Final = 1 << 30  # without its weights; protobuf stops at twice that
 _CHUNK: Final = 1 << 26
 
@@ -64,7 +66,8 @@ def save_models(models: Mapping[str, ir.Model], folder: Path, previous: Path | N
             digest = _digest(tensor, known)
             if digest not in places:
                 end = max((p.end for p in places.values()), default=0)
-                places[digest] = Place(-(-end // ALIGNMENT) * ALIGNMENT, tensor)
+                step = ALIGNMENT if tensor.nbytes >= SMALL else PAGE
+                places[digest] = Place(-(-end // step) * step, tensor)
             value.const_value = ir.ExternalTensor(
                 WEIGHTS,
                 places[digest].offset,
@@ -143,6 +146,16 @@ def _small_enough(model: ir.Model, name: str) -> None:
         raise ExportError(f"{name} would hold {size / 1e9:.1f} GB of constants beside its weights; no ONNX file can.")
 
 
+def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """A named initializer."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    model.graph.register_initializer(value)
+    return value
+
+
 # -- weights that are read as they lie --------------------------------------------------------------------------------
 
 
@@ -176,4 +189,4 @@ def read_transposed(model: ir.Model) -> None:
             graph.remove(turn, safe=True)
 
 
-__all__ = ["ALIGNMENT", "INLINE_LIMIT", "read_transposed", "save_models"]
+__all__ = ["ALIGNMENT", "INLINE_LIMIT", "constant", "read_transposed", "save_models"]

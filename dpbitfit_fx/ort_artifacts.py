@@ -180,6 +180,7 @@ def _shape_fault(manifest: Mapping[str, Any]) -> str | None:
         "fingerprints": lambda v: v is None or (isinstance(v, dict) and all(map(_text, v.values()))),
         "text": lambda v: v is None or isinstance(v, dict),
         "dynamic_length": lambda v: v is None or isinstance(v, dict),
+        "frozen_weights": lambda v: v is None or isinstance(v, dict),
     }
     for name, sound in tops.items():
         if not sound(manifest.get(name)) or (name in manifest and manifest[name] is None):

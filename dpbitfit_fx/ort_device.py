@@ -61,6 +61,8 @@ def session_options(folder: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
+    # Where it joins a quantized weight to its product: the product in float32, not with activations rounded to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     weights = folder / WEIGHTS
     if weights.is_file() and weights.stat().st_size > LARGE_WEIGHTS:
         options.add_session_config_entry("session.disable_prepacking", "1")

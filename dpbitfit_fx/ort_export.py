@@ -30,7 +30,6 @@ from dpbitfit_fx.onnx_export import (
     Core,
     Layout,
     Optimizer,
-    constant,
     export_core,
     flat_parameters,
     graph_input,
@@ -42,7 +41,7 @@ from dpbitfit_fx.onnx_export import (
     save_initial,
     split_flat,
 )
-from dpbitfit_fx.onnx_weights import save_models
+from dpbitfit_fx.onnx_weights import constant, save_models
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -206,6 +206,7 @@ class Plan:
                     "physical_batch_size": sizes[0] if len(set(sizes)) == 1 else list(sizes),
                     **(described[0] if len(described) == 1 else {"phases": described}),
                     "target_epsilon": self.target_epsilon,
+                    **({"frozen_weights": manifest["frozen_weights"]} if "frozen_weights" in manifest else {}),
                     **declared,
                 },
             },

@@ -102,6 +102,8 @@ def test_train_inspect_and_export_work_on_a_users_own_files(model_dir: Path, csv
     exported = invoke("export", output, model_dir, "--output", tmp_path / "onnx", "--format", "onnx")
     assert exported.exit_code == 0, exported.output
     assert (tmp_path / "onnx" / "grad_step.onnx").is_file()
+    small = ["export", output, model_dir, "--output", tmp_path / "small", "--format", "onnx", "--weight-bits", 8]
+    one_paragraph(invoke(*small), "no frozen weight of more than")
     further = invoke(
         "ort-train", tmp_path / "onnx", "--data", csv_file, "--output", tmp_path / "further", "--steps", 2,
         "--prior", output / "privacy.json",
