@@ -90,11 +90,14 @@ class _Interpreter(fx.Interpreter):
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
+LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no infinity
+
+
 def _attention_weights(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, float]:
-    """softmax(q kᵀ scale + mask), the scores, and the scale. A row with every key masked has weights 0, as the CPU
-    kernel."""
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """softmax(q kᵀ scale + mask), the scores, the scale, and [.., T, 1]: rows with every key masked, if there can be any. Their
+    weights are finite, and mean nothing: the CPU kernel gives zero there."""
     factor = float(scale) if scale is not None else q.shape[-1] ** -0.5
     scores = torch.matmul(q, k.transpose(-2, -1)) * factor
     if causal:
@@ -104,11 +107,15 @@ def _attention_weights(
         )
         mask = shut if mask is None else mask + shut
     if mask is None:
-        return torch.softmax(scores, -1), scores, factor
-    scores = scores + mask
-    weights = torch.softmax(scores, -1)
+        return torch.softmax(scores, -1), scores, None, factor
     dead = mask.amax(-1, keepdim=True) == float("-inf")
-    return torch.where(dead, torch.zeros((), dtype=q.dtype, device=q.device), weights), scores, factor
+    scores = scores + mask.clamp(min=LOWEST)
+    return torch.softmax(scores, -1), scores, dead, factor
+
+
+def _but(dead: Tensor | None, x: Tensor) -> Tensor:
+    """Zero in the dead rows; x [.., T, d] is smaller than the weights [.., T, S], as a rule."""
+    return x if dead is None else torch.where(dead, torch.zeros((), dtype=x.dtype, device=x.device), x)
 
 
 def _no_dropout(p: float) -> None:
@@ -124,8 +131,8 @@ def _flash(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _no_dropout(dropout_p)
-    weights, scores, _factor = _attention_weights(q, k, is_causal, attn_mask, scale)
-    return torch.matmul(weights, v), torch.logsumexp(scores, -1)
+    weights, scores, dead, _factor = _attention_weights(q, k, is_causal, attn_mask, scale)
+    return _but(dead, torch.matmul(weights, v)), torch.logsumexp(scores, -1)
 
 
 def _flash_backward(
@@ -134,12 +141,15 @@ def _flash_backward(
     is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _no_dropout(dropout_p)
-    weights, _scores, factor = _attention_weights(q, k, is_causal, attn_mask, scale)
+    weights, _scores, dead, factor = _attention_weights(q, k, is_causal, attn_mask, scale)
+    grad_out = _but(dead, grad_out)
     grad_v = torch.matmul(weights.transpose(-2, -1), grad_out)
     grad_weights = torch.matmul(grad_out, v.transpose(-2, -1))
     # The softmax's own term, sum(grad_weights * weights), equals sum(grad_out * out), which is smaller.
-    grad_scores = weights * (grad_weights - (grad_out * out).sum(-1, keepdim=True)) * factor
-    return torch.matmul(grad_scores, k), torch.matmul(grad_scores.transpose(-2, -1), q), grad_v
+    grad_scores = weights * (grad_weights - (grad_out * out).sum(-1, keepdim=True))
+    # The scale behind the products: ONNX Runtime joins it to them.
+    grad_q, grad_k = torch.matmul(grad_scores, k), torch.matmul(grad_scores.transpose(-2, -1), q)
+    return grad_q * factor, grad_k * factor, grad_v
 
 
 # -- convolution ------------------------------------------------------------------------------------------------------

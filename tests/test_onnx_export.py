@@ -196,6 +196,46 @@ def test_lowered_attention_equals_the_fused_kernel_even_where_every_key_is_maske
         assert lse.shape == (2, 3, 5) or lse.numel() == 30
 
 
+def test_a_query_whose_every_key_is_masked_gives_and_takes_no_gradient_in_lowered_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[0, :, :, 3:] = float("-inf")
+    mask[1, :, 2] = float("-inf")
+    dead = torch.isinf(mask).all(-1, keepdim=True)
+    weights = torch.softmax((q @ k.transpose(-2, -1) / 2.0 + mask).masked_fill(dead, 0.0), -1)
+    out, upstream = (weights @ v).masked_fill(dead, 0.0), torch.randn(2, 3, 5, 4)
+    want = torch.autograd.grad(out, (q, k, v), upstream)
+    graph = torch.fx.Graph()
+    given = [upstream, q.detach(), k.detach(), v.detach(), out.detach(), torch.zeros(2, 5, 3)]
+    holes = [graph.placeholder(f"given_{i}") for i in range(len(given))]
+    hole = graph.placeholder("mask")
+    op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    graph.output(graph.call_function(op, (*holes, 0.0, False), {"attn_mask": hole}))
+    got = Lowered(torch.fx.GraphModule(torch.nn.Module(), graph))(*given, mask)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not got[0].movedim(1, 2)[1, 2].any()
+
+
+def test_onnxruntime_joins_each_gelu_of_the_forward_pass_into_one_kernel(tmp_path: Path) -> None:
+    linear, gelu = torch.nn.Linear, torch.nn.GELU
+    net = torch.nn.Sequential(linear(5, 8), gelu(), linear(8, 8), gelu(), linear(8, 3))
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+    batch = {"x": torch.randn(4, 5), "y": torch.tensor([0, 1, 2, 0])}
+    step = compile_step(net, loss, batch, noise_multiplier=1.0, expected_batch_size=8.0)
+    folder = export_onnx(step, tmp_path / "out")
+    assert not any(n.op_type == "Gelu" for n in onnx.load(folder / "grad_step.onnx").graph.node)  # plain ONNX in the file
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(folder / "grad_step.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert sum(kind in ("Gelu", "BiasGelu") for kind in kinds) == 2 and kinds.count("Erf") == 2  # one each for the backward pass
+
+
 def test_a_step_whose_gradients_stay_factored_exports_and_names_its_clipping(tmp_path: Path) -> None:
     """A lookup, a product and their cross term; export_onnx itself compares the files with the PyTorch step."""
     torch.manual_seed(0)
