@@ -222,7 +222,7 @@ def unclipped(case: Case, **options: Any) -> Step:
 
     Every gradient is summed over the batch where it is made, as ordinary tuning would, so no [B, D] is held and no norm taken.
     """
-    step, rows = _compiled(case, **options), len(case.batch["labels"])
+    step, rows = _compiled(case, ghost_norms=False, **options), len(case.batch["labels"])
     lowered = step._lowered
     graph = lowered.joint.module.graph
     aten = torch.ops.aten

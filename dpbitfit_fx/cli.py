@@ -135,6 +135,9 @@ def train(
     cache_frozen_prefix: Annotated[
         bool, typer.Option("--cache-frozen-prefix", help="Keep in memory what lies before the first trained layer.")
     ] = False,
+    shard_frozen: Annotated[
+        bool, typer.Option("--shard-frozen", help="Under torchrun: each process keeps 1/N of every large frozen weight.")
+    ] = False,
     dataset_size: Annotated[int | None, typer.Option(help="The public N; default: the number of records.")] = None,
     eval_file: EvalFile = None,
     prior: PriorFiles = None,
@@ -193,6 +196,7 @@ def train(
         precision=precision,
         backend=backend,
         cache_frozen_prefix=cache_frozen_prefix,
+        shard_frozen=shard_frozen,
         learning_rate=learning_rate,
         eval_fn=None if evaluation is None else lambda net: {"accuracy": accuracy(net, evaluation, pad_id=pad)},
         padded_lengths={"input_ids": lengths, "attention_mask": lengths},

@@ -23,6 +23,7 @@ from .passes.meaning import check_meaning
 from .passes.numerics import NOISES
 from .passes.pipeline import CAPTURE, DEAD, DEAD_TOKENS, MEANING, PIPELINE, RELEASE, Observer, run
 from .passes.seal import check_update, split
+from .passes.sharded_weights import Shard
 from .passes.torch_private import tree_flatten
 from .randomness import SecretKey, stream
 from .report import Report, make_report
@@ -71,6 +72,11 @@ class PrivateStep:
         facts.partial(self.partial)
         if self.update is not None:
             check_update(self.update)
+
+    @property
+    def captured(self) -> JointGraph:
+        """The checked graph before the clip: losses [B], then per-sample gradients. PRIVATE and without a seal."""
+        return self._captured
 
     @property
     def trainable_names(self) -> tuple[str, ...]:
@@ -325,6 +331,16 @@ class PrivateStep:
 
         check_rows(self, lengths, in_parts)
 
+    def shard(self, shard_of: Callable[[torch.Tensor], Shard | None], lengths: Sequence[int] = ()) -> tuple[int, ...]:
+        """From now on :meth:`accumulate` reads frozen weights as shards, inside ``gathering`` and in all processes that hold them
+        at once. Proved and checked as :func:`compile` does, for which the weights are still to be whole. Returns the ids of the
+        weights, in the order of the gathers.
+        """
+        runner, order = self._lowered.sharded(shard_of)
+        check_rows(self, lengths, lambda batch, mask, total: runner(batch, mask, total)[0])
+        self._lowered.run_as(runner)
+        return order
+
     def privatize(self, accumulator: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """``(accumulator + noise_scale * noise) / expected_batch_size`` [D], ``noise ~ N(0, I)`` [D]: may leave (SEALED)."""
         if self.update is None:
@@ -418,9 +434,10 @@ def compile(  # the name users of torch.compile expect
     (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
     ``"saved_inputs"`` (what the backward pass does not need is not kept for it), ``"recompute"`` (below),
     ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()`` tells
-    its size) and ``"bf16_attention"`` (below). ``precision="bf16"`` multiplies with frozen weights in bfloat16, attends in it
-    unless that is disabled, and does all else in float32, the clip and its sums included: about half the time on a CPU that
-    has such products, the same sensitivity, gradients rounded to about three digits.
+    its size), ``"bf16_attention"`` and ``"bf16_kept"`` (below). ``precision="bf16"`` multiplies with frozen weights in bfloat16,
+    attends in it and, under Inductor, keeps in it what norms and products leave for the backward pass, unless that is
+    disabled. All else is float32, the clip and its sums included: about half the time on a CPU that has such products, the
+    same sensitivity, gradients rounded to about three digits.
     ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
     weights not counted. Below 1, values are computed again instead of kept, the cheapest first, until it is met; 0 asks for
     the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. For the eager backend alone:

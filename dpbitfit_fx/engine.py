@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from dpbitfit_fx.placement import check_places
 from dpbitfit_fx.prefix_cache import PrefixCache
 from dpbitfit_fx.randomness import SecretKey, stream
 from dpbitfit_fx.sampling import PoissonSampler
+from dpbitfit_fx.sharding import FrozenShards
 
 if TYPE_CHECKING:
     from dpbitfit_fx.compile import PrivateStep
@@ -68,11 +69,31 @@ class Engine:
         self.batches = batches
         self.sampler = sampler
         self.prefix = prefix
+        self.shards: FrozenShards | None = None
         self.parallel_batches = check_parallel(parallel_batches, first.backend, first.device)
 
     @property
     def update(self) -> PrivateStep:
         return self.compiled[0]
+
+    def shard(self, shards: FrozenShards) -> None:
+        """From now on every step gathers its frozen weights from `shards`; proved and checked before, while they are whole.
+
+        Raises CompileRefused where padded lengths were compiled apart and gather in another order: ranks would mix weights up.
+        """
+        lengths = sorted({n for leaf in self.batches.layout.leaves for n in leaf.lengths or ()})
+        with shards.whole_here():
+            orders = {
+                step.shard(shards.of, lengths if step.dynamic_length is not None else ())
+                for step in dict.fromkeys(self.compiled)
+            }
+        if len(orders) > 1:
+            raise CompileRefused(
+                "shard_frozen=True: the steps that were compiled for the padded lengths read the frozen weights in different "
+                "orders, so processes at work on different lengths cannot gather together. Declare one padded length, or use "
+                "shard_frozen=False."
+            )
+        self.shards = shards
 
     def clipped_sum(self, rows: Sequence[int], secret: bytes = bytes(32)) -> torch.Tensor:
         """The clipped sum over `rows`, flat, [D]. Private: only noise may follow."""
@@ -85,9 +106,24 @@ class Engine:
                     batches, lambda b, acc: self._accumulate(b, acc, secret), zero, self.parallel_batches, _elements
                 )
             accumulator = zero()
+            if self.shards is not None:
+                return self._sum_together(self.shards, batches, accumulator, secret)
             for batch in batches:
                 accumulator = self._accumulate(batch, accumulator, secret)
             return accumulator
+
+    def _sum_together(
+        self, shards: FrozenShards, batches: Iterator[PhysicalBatch], accumulator: torch.Tensor, secret: bytes
+    ) -> torch.Tensor:
+        """As many passes over a physical batch on every rank: where this one has none left, over rows of mask 0, for nothing."""
+        filler = self.batches.assemble(0, [], [])
+        with shards.gathering():
+            for batch in shards.in_step(batches):
+                if batch is None:
+                    self._accumulate(filler, accumulator, secret)
+                else:
+                    accumulator = self._accumulate(batch, accumulator, secret)
+        return accumulator
 
     def drawn_sum(self, key: SecretKey, step: int) -> torch.Tensor:
         """The clipped sum of the Poisson draw of `step`; replays bit for bit for the same key, step and parameters."""
@@ -124,6 +160,13 @@ class Engine:
         except DPBitFitError:
             raise
         except Exception as error:
+            if self.shards is not None:
+                raise DataError(
+                    f"The model fails with {type(error).__name__} on a record of the dataset. Likely a label outside the model's "
+                    "classes or a token id outside its vocabulary. Which record cannot be tried out while the frozen weights are "
+                    "sharded: the same call with shard_frozen=False names its row. The message is withheld because it may quote "
+                    "the record."
+                ) from None
             for row in batch.rows:
                 self._blame(row, self.compiled[batch.bucket], secret)
             raise DataError(
@@ -171,6 +214,7 @@ def build_engine(
     noise: str = "float",
     memory_budget: float = 1.0,
     cache_frozen_prefix: bool = False,
+    disable: Sequence[str] = (),
     public_tensors: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     padded_lengths: Any = None,
@@ -179,8 +223,8 @@ def build_engine(
 ) -> Engine:
     """One step for all padded lengths, or one for each, and the batches: everything of `fit` that touches a gradient.
 
-    `sampler` draws over the records that are really there; the other arguments are those of `fit`. With cache_frozen_prefix the
-    engine has a `prefix`, unless nothing worth keeping lies before the first trainable.
+    `sampler` draws over the records that are really there; `disable` is that of `compile`, the other arguments are those of
+    `fit`. With cache_frozen_prefix the engine has a `prefix`, unless nothing worth keeping lies before the first trainable.
 
     Raises:
         CompileRefused: the model is refused; or noise="grid" cannot count so many records, or the machine's kernels give a
@@ -212,6 +256,7 @@ def build_engine(
             backend=backend,
             precision=precision,
             memory_budget=memory_budget,
+            disable=disable,
             public_tensors=public_tensors,
             **options,
         )

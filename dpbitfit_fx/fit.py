@@ -50,6 +50,7 @@ from dpbitfit_fx.ranks import Ranks, records_digest, together
 from dpbitfit_fx.records import check_distinct, warn_of_earlier_runs
 from dpbitfit_fx.run_account import RunAccount
 from dpbitfit_fx.sampling import PoissonSampler
+from dpbitfit_fx.sharding import FrozenShards, check_sharding, make_whole, parts_of, refuse_parts
 from dpbitfit_fx.training_run import Stage, TrainingRun, frozen_digest
 
 __all__ = ["Engine", "FitResult", "StepInfo", "build_engine", "fit"]
@@ -103,6 +104,7 @@ def fit(
     noise: str = "float",
     memory_budget: float = 1.0,
     cache_frozen_prefix: bool = False,
+    shard_frozen: bool = False,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
     learning_rate: float = 5e-3,
     lr_schedule: Callable[[Any], Any] | None = None,
@@ -162,6 +164,10 @@ def fit(
             `exclude=["*layer.[0-3].*"]` or so) is computed once for each record, before the first step, and kept in memory;
             a step then runs the other blocks alone. For datasets that give the same record at every load. Not with dropout or
             noise="grid". The same gradients up to rounding; nothing of it is written or exported.
+        shard_frozen: for models that are too large for each process: while it trains, each keeps 1/N of every large frozen weight
+            and gathers it whole before it is read, the same bits. Nothing in a single process. The model has to fit while it is
+            compiled, and comes back whole; meanwhile it shows DTensors, and only `eval_fn` gets a whole one. After an error
+            it is left sharded, and the same call takes it. For backend="eager" in float32.
         optimizer: a class (built with `learning_rate`) or a function of the parameters. Default: Adam.
         lr_schedule: step -> multiplier, or optimizer -> LRScheduler, stepped once per logical step.
         average_from: the trained model is the mean of the parameters after each step beyond this share of the run (of
@@ -207,6 +213,7 @@ def fit(
     if noise not in NOISES:
         raise PrivacyError(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
     average_from = check_average_from(average_from)
+    check_sharding(shard_frozen, backend, precision, parallel_batches, cache_frozen_prefix)
     account = RunAccount(ledger if ranks.first else None)
     records = _dataset_length(dataset)
     check_distinct(dataset)
@@ -255,7 +262,14 @@ def fit(
                 for name, sampler in zip(mechanism_ids(own, len(plan)), samplers, strict=True)
             ]
             account.check(planned, dataset_size=size, run_delta=delta, prior=runs)
-        sigma = ranks.settle(sigma)
+        sigma, shard_frozen = ranks.settle([sigma, shard_frozen and ranks.several])
+        if shard_frozen:
+            check_sharding(True, backend, precision, parallel_batches, cache_frozen_prefix)  # where rank 0 alone was asked to
+            ranks.compare(lambda: {"the frozen weights": parts_of(model)})
+            ranks.at_once(lambda: make_whole(model))
+            ranks.settle(None)
+        else:
+            refuse_parts(model)
 
         with _model_as_found(model), contextlib.ExitStack() as undo:
 
@@ -282,6 +296,7 @@ def fit(
                         noise=noise,
                         memory_budget=memory_budget,
                         cache_frozen_prefix=cache_frozen_prefix,
+                        disable=("packed_weights",) if shard_frozen else (),
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -319,6 +334,7 @@ def fit(
                 "parallel_batches": parallel_batches,
                 "insecure": insecure_seed_for_tests is not None,
                 **({"cache_frozen_prefix": True} if cache_frozen_prefix else {}),
+                **({"shard_frozen": True} if shard_frozen else {}),  # other bits than those of packed weights
             }
             asked = [target_epsilon, noise_multiplier, delta]
 
@@ -327,6 +343,9 @@ def fit(
                 undo.pop_all()
 
             fingerprint |= ranks.compare(lambda: _described(stages, asked, fingerprint))
+            if shard_frozen:
+                shards = ranks.at_once(lambda: _sharded(ranks, model, stages, trained))
+                ranks.at_once(shards.free)  # no rank's weights before every rank's checks
             if not ranks.first:
                 told = ranks.help([stage.engine for stage in stages], trained, begin)
                 return _told(told, model, sigma)
@@ -398,6 +417,9 @@ def fit(
                 warn_of_earlier_runs(dataset, own, {base_id(run.run_id) for run in runs})
                 begin()
                 _train(run, model, eval_fn, callbacks, progress)
+                if ranks.shards is not None:
+                    run.save()  # a rank that goes now costs no step
+                    ranks.give_back()
 
         run.save()
         statement = run.statement()
@@ -420,6 +442,17 @@ def fit(
     finally:
         if store is not None:
             store.close()
+
+
+def _sharded(
+    ranks: Ranks, model: nn.Module, stages: Sequence[Stage], trained: Mapping[str, nn.Parameter]
+) -> FrozenShards:
+    """The large frozen weights as shards, which from now on every step gathers; the whole ones are still there."""
+    ranks.shards = shards = FrozenShards(model, trained.values())
+    shards.check()
+    for stage in stages:
+        stage.engine.shard(shards)
+    return shards
 
 
 def _described(stages: Sequence[Stage], asked: Sequence[Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -560,7 +593,7 @@ def _train(
             if eval_fn is not None and (run.steps_in_phase % run.stage.per_epoch == 0 or run.phase_finished):
                 entry = {"step": done, "epoch": run.epochs, "epsilon": spent()}
                 where = {"phase": run.phase} if len(run.stages) > 1 else {}
-                with run.averaged():
+                with run.averaged(), run.ranks.whole():
                     run.history.append(entry | where | _evaluate(model, eval_fn))
             rate = float(run.optimizer.param_groups[0]["lr"])
             for callback in callbacks:

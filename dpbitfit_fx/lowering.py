@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,18 @@ import torch
 from .errors import CompileRefused
 from .passes import facts
 from .passes.batch_sizes import spell_sizes
+from .passes.bf16_kept import keep_bfloat16
 from .passes.frozen_prefix import split_prefix
 from .passes.joint_graph import JointGraph, Role
-from .passes.opaque_weights import hide_weights, holding
+from .passes.opaque import holding
+from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
 from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
+from .passes.sharded_weights import Shard, shard_weights
 from .passes.torch_private import has_bfloat16_products, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
-OPTIMIZATIONS = (*OPTIONS, "packed_weights")
+OPTIMIZATIONS = (*OPTIONS, "packed_weights", "bf16_kept")
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -129,10 +132,12 @@ def _version(x: torch.Tensor) -> int:
 class _Runner:
     """A graph as the backend executes it: fed with the live state, its packs kept up to date."""
 
-    def __init__(self, joint: JointGraph, backend: str, pack_them: bool, precision: str) -> None:
+    def __init__(self, joint: JointGraph, backend: str, pack_them: bool, keep_less: bool, precision: str) -> None:
         self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
         self._held: dict[str, _Packed] = {}
         self._inductor = backend == "inductor"
+        if keep_less:
+            self.joint = keep_bfloat16(self.joint)
         self._open = _open_sizes(joint)
         self.load(self.joint)
 
@@ -184,8 +189,10 @@ class Lowered:
     1, values are computed again for it (:mod:`passes.recompute`).
     Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
     ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
-    every batch size; :mod:`passes.opaque_weights` gives it the packs.
+    every batch size; :mod:`passes.opaque_weights` gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less.
     With :meth:`prefix`, what no trainable reaches is computed apart (:mod:`passes.frozen_prefix`).
+
+    After :meth:`run_as`, large frozen weights are read as shards (:mod:`passes.sharded_weights`).
 
     A frozen weight that is changed in place or replaced is packed anew at the next call. A write through ``.data`` is
     invisible to torch's version counter: compile again after one.
@@ -196,7 +203,9 @@ class Lowered:
     ) -> None:
         check_lowering(backend, disable, precision)
         rounding = ROUNDING if precision == "bf16" else ()
-        self._options = backend, "packed_weights" not in disable, precision
+        # In eager mode both copies would be there at once: rounding is for what fuses it.
+        keep_less = backend == "inductor" and precision == "bf16" and "bf16_kept" not in disable
+        self._options = backend, "packed_weights" not in disable, keep_less, precision
         self._whole: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
         if backend == "inductor":
             self._whole = spell_sizes(self._whole)
@@ -231,6 +240,17 @@ class Lowered:
         """Numbers of the batch's tensors that the prefix is computed from."""
         self._split()
         return self._reads
+
+    def sharded(self, shard_of: Callable[[torch.Tensor], Shard | None]) -> tuple[_Runner, tuple[int, ...]]:
+        """The same sum from shards of these frozen weights, and the weights, by their id, in the order of the gathers."""
+        shards = {i.target: shard_of(self._whole.state[i.target]) for i in self._whole.with_role(Role.FROZEN)}
+        joint, order = shard_weights(self._whole, {n: shard for n, shard in shards.items() if shard is not None})
+        facts.partial(joint)
+        return _Runner(joint, "eager", False, False, "float32"), tuple(id(self._whole.state[n]) for n in order)
+
+    def run_as(self, runner: _Runner) -> None:
+        """What runs from now on: of :meth:`sharded`."""
+        self.runner, self.joint, self.packs = runner, runner.joint, runner.packs
 
     def _split(self) -> tuple[_Runner, _Runner]:
         if self._parts is None:

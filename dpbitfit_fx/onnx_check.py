@@ -427,22 +427,24 @@ def check_eval(
     eval_output: Callable[[Any, Any], Any] | None,
 ) -> None:
     """eval_model.onnx against the user's model, for two batch sizes and moved parameters."""
-    from dpbitfit_fx.ort_export import EvalModule, loss_function
+    from dpbitfit_fx.onnx_eval import EvalModule, as_trained
 
     session = make_session(folder / "eval_model.onnx")
-    module = EvalModule(
-        step, layout, eval_output, (lambda m, b: None) if eval_output is not None else loss_function(step)
-    )
+    module = EvalModule(step, layout, step.loss_fn if eval_output is None else eval_output)
     theta = _steps_of(step, layout, probes, layout.parameters)[1]
     values = {p.onnx_name: theta[p.offset : p.offset + p.numel].reshape(p.shape).copy() for p in layout.parameters}
+    given = [torch.from_numpy(v) for v in values.values()]
     for number, rows in enumerate((3, 8, *[2] * max(0, len(probes.lengths) - 2))):
-        leaves = probes.batch(rows, probes.length(number))
-        mask = [] if eval_output is not None else [probes.mask(rows)]
-        with torch.no_grad(), step.biases_applied():
-            want = tree_flatten(module(*leaves, *mask, *(torch.from_numpy(v) for v in values.values())))[0]
+        leaves, mask = probes.batch(rows, probes.length(number)), probes.mask(rows)
+        with as_trained(), step.biases_applied():
+            if eval_output is None:  # row by row, so that it does not matter how the user's loss reduces
+                kept = [module(*(x[i : i + 1] for x in leaves), *given).mean() for i in range(rows) if mask[i]]
+                want = [torch.stack(kept).mean()]
+            else:
+                want = tree_flatten(module(*leaves, *given))[0]
         feed = {b.name: x.numpy() for b, x in zip(layout.batch, leaves, strict=True)} | values
-        if mask:
-            feed["sample_mask"] = mask[0].numpy()
+        if eval_output is None:
+            feed["sample_mask"] = mask.numpy()
         got = run_session(session, feed, f"eval_model.onnx on a batch of {rows}")
         for a, b in zip(got, want, strict=True):
             require(

@@ -299,6 +299,7 @@ def to_onnx(
     what: str,
     length: DynamicLength | None = None,
     padded: Mapping[str, int] | None = None,
+    users: bool = False,
 ) -> ir.Model:
     """``module(*args)`` as an ONNX model (opset 18, IR 10) whose inputs and outputs carry the given names.
 
@@ -306,6 +307,7 @@ def to_onnx(
         batched: for every input, whether its dimension 0 is the batch, which stays free.
         what: what is exported, for error messages.
         length, padded: the dimension of each named input that is the padded length, which stays free within its range.
+        users: it is the user's code, which is traced first, for its operators to be lowered as a sealed graph's are.
 
     Raises:
         ExportError: torch cannot trace it with a free batch size, or has no ONNX form for an operator.
@@ -322,6 +324,10 @@ def to_onnx(
         # The fused attention kernels have layouts that a free batch size cannot follow; math form exports everywhere.
         with torch.no_grad(), _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.export.export(module.eval(), tuple(args), dynamic_shapes=(dynamic,), strict=False)
+            if users:
+                module = Lowered(program.module(check_guards=False))
+                module(*args)  # on real tensors once: it builds the constants
+                program = torch.export.export(module, tuple(args), dynamic_shapes=(dynamic,), strict=False)
             exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
     except ExportError:
         raise
@@ -439,15 +445,33 @@ def export_core(step: Any, layout: Layout, weights: FrozenWeights | None = None)
     """
     joint: JointGraph = step.partial
     leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
+    args, names, frozen = graph_arguments(joint, step, layout, leaves)
+    batched = [i.role in (Role.BATCH, Role.MASK) for i in joint.inputs]
+    lowered = Lowered(joint.module)
+    with torch.no_grad():
+        lowered(*args)  # on real tensors once: it builds the constants
+    what = "The private gradient step"
+    model = to_onnx(lowered, unaliased(args), names, batched, ["accumulator_out"], what, length, padded)
+    freeze(model, frozen)
+    read_transposed(model)
+    if weights is not None:
+        weights.rewrite(model, frozen)
+    pin_rows(model, [p.numel for p in layout.parameters], constant)
+    return Core(model, layout)
+
+
+def graph_arguments(
+    joint: JointGraph, step: Any, layout: Layout, leaves: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[str], dict[str, torch.Tensor]]:
+    """What a joint graph is exported on, its inputs' names, and those of the frozen weights, in the order of its inputs."""
     taken = {p.onnx_name for p in (*layout.parameters, *layout.held)} | {b.name for b in layout.batch} | set(_RESERVED)
     live = live_parameters(step)
     held = {id(live[p.name]): p.onnx_name for p in layout.held}
-    parameters = iter(layout.parameters)
-    batch, rows = iter(layout.batch), iter(leaves)
+    parameters, batch, rows = iter(layout.parameters), iter(layout.batch), iter(leaves)
     args: list[torch.Tensor] = []
-    names, batched, frozen = [], [], {}
+    names: list[str] = []
+    frozen: dict[str, torch.Tensor] = {}
     for entry in joint.inputs:
-        dynamic = entry.role in (Role.BATCH, Role.MASK)
         if entry.role is Role.TRAINABLE:
             names.append(next(parameters).onnx_name)
             args.append(joint.state[entry.target].detach().clone())
@@ -473,21 +497,10 @@ def export_core(step: Any, layout: Layout, weights: FrozenWeights | None = None)
                 f"The gradient half of the step takes an input of role {entry.role.value}, which has no place in an "
                 "export."
             )
-        batched.append(dynamic)
-    lowered = Lowered(joint.module)
-    with torch.no_grad():
-        lowered(*args)  # on real tensors once: it builds the constants
-    what = "The private gradient step"
-    model = to_onnx(lowered, _unaliased(args), names, batched, ["accumulator_out"], what, length, padded)
-    freeze(model, frozen)
-    read_transposed(model)
-    if weights is not None:
-        weights.rewrite(model, frozen)
-    pin_rows(model, [p.numel for p in layout.parameters], constant)
-    return Core(model, layout)
+    return args, names, frozen
 
 
-def _unaliased(args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def unaliased(args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     seen: set[int] = set()
     result = []
     for x in args:

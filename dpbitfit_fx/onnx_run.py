@@ -138,7 +138,7 @@ def export_run(
         CompileRefused, PrivacyError, DataError, ArtifactError: as from ``fit`` and ``export_onnx``.
     """
     from dpbitfit_fx.onnx_check import Probes, check_eval, check_phase
-    from dpbitfit_fx.ort_export import eval_model
+    from dpbitfit_fx.onnx_eval import eval_model
 
     check_bits(weight_bits)
     if (target_epsilon is None) == (noise_multiplier is None):

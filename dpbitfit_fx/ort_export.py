@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.export_folder import write_folder
+from dpbitfit_fx.onnx_eval import eval_model
 from dpbitfit_fx.onnx_export import (
-    EXPORT_ROWS,
     IR_VERSION,
     OPSET,
     SGD,
@@ -31,25 +30,18 @@ from dpbitfit_fx.onnx_export import (
     Core,
     Layout,
     Optimizer,
-    at_captured_length,
-    example_rows,
     export_core,
     flat_parameters,
-    freeze,
     graph_input,
     layout_of,
     manifest_of,
     plan_metadata,
     prepare,
     resolve_optimizer,
-    safe_name,
     save_initial,
     split_flat,
-    to_onnx,
 )
-from dpbitfit_fx.onnx_quantize import FrozenWeights
-from dpbitfit_fx.onnx_weights import INLINE_LIMIT, constant, read_transposed, save_models
-from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
+from dpbitfit_fx.onnx_weights import constant, save_models
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -159,125 +151,6 @@ def optimizer_model(optimizer: Optimizer, count: int, expected_batch_size: float
     model.ir_version = IR_VERSION
     assert isinstance(model, onnx.ModelProto)
     return model
-
-
-class EvalModule(torch.nn.Module):
-    """``outputs(model, batch)`` with the trainables as inputs; without ``outputs``, the mean loss over unmasked
-    rows."""
-
-    def __init__(
-        self, step: Any, layout: Layout, outputs: Callable[[Any, Any], Any] | None, loss_fn: Callable[[Any, Any], Any]
-    ) -> None:
-        super().__init__()
-        self.model = step.model
-        self.names = [p.name for p in layout.parameters]
-        self.spec = tree_flatten(step.example_batch)[1]
-        self.outputs, self.loss_fn = outputs, loss_fn
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        if self.outputs is not None:
-            return _call(
-                self.model,
-                self.outputs,
-                tree_unflatten(list(args[: -len(self.names)]), self.spec),
-                self.names,
-                args[-len(self.names) :],
-            )
-        *leaves, mask = args[: -len(self.names)]
-        losses = _call(
-            self.model, self.loss_fn, tree_unflatten(leaves, self.spec), self.names, args[-len(self.names) :]
-        )
-        if losses.dim() == 0:
-            return losses
-        kept = torch.where(mask > 0, losses, torch.zeros_like(losses))
-        return kept.sum() / mask.sum().clamp(min=1.0)
-
-
-class _Holder(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module, fn: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.held, self.fn = model, fn
-
-    def forward(self, batch: Any) -> Any:
-        return self.fn(self.held, batch)
-
-
-class _WeightsAsInputs(torch.nn.Module):
-    """``module(*args[:-n])`` with its n large frozen weights given as the last inputs: what the exporter cannot fold."""
-
-    def __init__(self, module: EvalModule) -> None:
-        super().__init__()
-        self.module = module
-        trained = {f"model.{n}" for n in module.names}
-        self.weights = {
-            n: p.detach()
-            for n, p in module.named_parameters()
-            if n not in trained and p.numel() * p.element_size() > INLINE_LIMIT
-        }
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        count = len(args) - len(self.weights)
-        given = dict(zip(self.weights, args[count:], strict=True))
-        return torch.func.functional_call(self.module, given, args[:count], tie_weights=True)
-
-
-def _call(
-    model: torch.nn.Module,
-    fn: Callable[[Any, Any], Any],
-    batch: Any,
-    names: list[str],
-    values: tuple[torch.Tensor, ...],
-) -> Any:
-    given = {f"held.{n}": v for n, v in zip(names, values, strict=True)}
-    return torch.func.functional_call(_Holder(model, fn), given, (batch,), tie_weights=True)
-
-
-def eval_model(
-    step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any] | None, weights: FrozenWeights | None = None
-) -> tuple[ir.Model, list[str]]:
-    """The evaluation graph and its outputs' names; parameters follow the user inputs, in the training graph's order.
-
-    weights: quantizes the frozen ones.
-    """
-    module = EvalModule(step, layout, eval_output, loss_function(step))
-    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
-    with torch.no_grad():
-        flat = torch.from_numpy(flat_parameters(step, layout.parameters))
-    values = [flat[p.offset : p.offset + p.numel].reshape(p.shape).clone() for p in layout.parameters]
-    mask = [] if eval_output is not None else [torch.ones(EXPORT_ROWS)]
-    args = [*leaves, *mask, *values]
-    names = [b.name for b in layout.batch] + ["sample_mask"] * len(mask) + [p.onnx_name for p in layout.parameters]
-    with torch.no_grad():
-        result = module(*args)
-    if eval_output is None:
-        outputs = ["mean_loss"]
-    else:
-        found = tree_flatten(result)[0]
-        outputs = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
-    whole = _WeightsAsInputs(module)
-    taken = set(names)
-    frozen = {safe_name(n.removeprefix("model."), taken, "frozen"): w for n, w in whole.weights.items()}
-    batched = [True] * (len(leaves) + len(mask)) + [False] * (len(values) + len(frozen))
-    args, names = [*args, *frozen.values()], [*names, *frozen]
-    what = "The evaluation model (eval_output, or the loss)"
-    model = to_onnx(whole, args, names, batched, outputs, what, length, padded)
-    freeze(model, frozen)
-    read_transposed(model)
-    if weights is not None:
-        weights.rewrite(model, frozen)
-    return model, outputs
-
-
-def loss_function(step: Any) -> Callable[[Any, Any], Any]:
-    """The loss that the step was compiled from."""
-    for holder in (step, getattr(step, "source", None), getattr(step, "_source", None)):
-        found = getattr(holder, "loss_fn", None)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-    raise ExportError(
-        "This step does not know its loss function any more. Give eval_output=lambda model, batch: ... to export an "
-        "evaluation model."
-    )
 
 
 def save_checkpoint(step: Any, layout: Layout, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one run: all of torch.distributed, and all that travels between them.
+"""The processes of one run: all of torch.distributed, and all that travels between them but shards (:mod:`sharding`).
 
 Rank 0 runs `fit` as a single process does: the key, the draw, the noise, the optimizer, every file and every decision are its
 own. The other ranks compile the same step and lend it their processors. For each step rank 0 sends them the trained
@@ -9,6 +9,9 @@ one process, no other rank ever holds the key, and nobody can be out of step wit
 Each message of rank 0 is answered by one of the other rank, an error being one of the answers; the last one is not answered.
 All of them go through a gloo group of this run alone, whatever the backend of the default group: gloo notices at once when a
 process is gone, and the sum has to reach the CPU anyway, for the journal. No pickle: a message is JSON and safetensors.
+
+With sharded weights all ranks also gather at once, while a message of rank 0 waits for its answer. Whoever stops leaves the group
+of the shards first, which ends every gather; then the ranks say here which of them stopped, and why.
 
 **Private:** the sums, the row numbers and the seeds travel in clear, as torch.distributed sends everything.
 """
@@ -35,6 +38,7 @@ from dpbitfit_fx.arrays import pack, raw_bytes, unpack
 from dpbitfit_fx.batching import PhysicalBatches, global_random_state_kept
 from dpbitfit_fx.errors import DPBitFitError, RankError
 from dpbitfit_fx.passes.torch_private import default_group_timeout
+from dpbitfit_fx.sharding import FrozenShards, GatherBroken
 
 if TYPE_CHECKING:
     from dpbitfit_fx.engine import Engine
@@ -65,6 +69,7 @@ class Ranks:
         self._gone: set[int] = set()  # those with whom nothing more is said, or a message was begun and not ended
         self._told: DPBitFitError | None = None
         self._phase = -1
+        self.shards: FrozenShards | None = None  # while the frozen weights are sharded
 
     @property
     def first(self) -> bool:
@@ -113,6 +118,21 @@ class Ranks:
             )
         return {"ranks": threads}
 
+    def at_once(self, work: Callable[[], T]) -> T:
+        """What `work`, which gathers, gives when all ranks do it at once. Rank 0 has the word before and after."""
+        if self.first:
+            for rank in self._peers:
+                self._send(rank, {})
+        else:
+            self._receive(0)
+        done = work()
+        if self.first:
+            for rank in self._peers:
+                self._receive(rank)
+        else:
+            self._send(0, {})
+        return done
+
     # -- one step -------------------------------------------------------------------------------------------------
 
     def drawn_sum(
@@ -159,6 +179,11 @@ class Ranks:
                 for name, value in tensors.items():
                     if name.startswith(_PARAMETER):
                         trainables[name.removeprefix(_PARAMETER)].copy_(value)
+            if "whole" in content:
+                assert self.shards is not None
+                self.shards.give_back(to_all=content["whole"] == "all")
+                self._send(0, {})
+                continue
             if "finished" in content:
                 self._gone.add(0)
                 finished: dict[str, Any] = content["finished"]
@@ -166,6 +191,26 @@ class Ranks:
             secret = bytes.fromhex(content["secret"])
             partial = engines[content["phase"]].clipped_sum(tensors["rows"].tolist(), secret)
             self._send(0, {}, {"sum": partial})
+
+    def give_back(self, to_all: bool = True) -> None:
+        """Rank 0's, and in :meth:`help` the others': the model has its frozen weights whole again; on rank 0, or on all."""
+        if self.shards is None:
+            return
+        for rank in self._peers:
+            self._send(rank, {"whole": "all" if to_all else "first"})
+        self.shards.give_back(to_all)
+        for rank in self._peers:
+            self._receive(rank)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, rank 0's model has its frozen weights whole."""
+        self.give_back(to_all=False)
+        try:
+            yield
+        finally:
+            if self.shards is not None:
+                self.shards.free()
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -178,17 +223,33 @@ class Ranks:
                 warnings.warn(f"{error} The run was finished without it.", stacklevel=2)
             self._gone.add(rank)
 
-    def stop(self, error: BaseException) -> None:
-        """Tells the others why this rank stops, and waits for nobody who cannot hear it."""
-        kind, text = _said(error)
-        text = text if error is self._told else f"Rank {self.rank} stopped the run: {text}"
+    def stop(self, error: BaseException) -> BaseException:
+        """Tells the others why this rank stops, and waits for nobody who cannot hear it. What stopped the run: where a gather
+        broke, that is another rank's error, if one of them says so."""
+        if self.shards is not None:
+            self.shards.leave()
+        broken = isinstance(error, GatherBroken)
+        if broken and not self.first:
+            try:
+                self._send(0, {"broken": True})  # rank 0 hears the others first
+                self._receive(0)
+            except DPBitFitError as told:
+                return told
+        cause = error
+        for rank in self._peers:
+            if rank in self._to_speak and rank not in self._gone:
+                try:
+                    self._receive(rank)
+                except DPBitFitError as told:
+                    cause = told if broken and cause is error and not isinstance(told, GatherBroken) else cause
+        kind, text = _said(cause)
+        text = text if cause is self._told else f"Rank {self.rank} stopped the run: {text}"
         for rank in self._peers:
             with contextlib.suppress(DPBitFitError):
-                if rank in self._to_speak and rank not in self._gone:
-                    self._receive(rank)
                 if rank not in self._gone:
                     self._send(rank, {"stopped": [kind, text]})
                     self._gone.add(rank)
+        return cause
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -216,6 +277,8 @@ class Ranks:
             kind, text = content["stopped"]
             self._told = (getattr(errors, kind) if kind in errors.__all__ else RankError)(text)
             raise self._told
+        if "broken" in content:
+            raise GatherBroken
         return content, unpack(data[head:], tensors=True)
 
     @contextlib.contextmanager
@@ -309,10 +372,14 @@ def _joined() -> Iterator[Ranks]:
                 warnings.simplefilter("ignore")
             yield ranks
     except BaseException as error:
-        ranks.stop(error)
+        cause = ranks.stop(error)
+        if cause is not error:
+            raise cause from None
         raise
     finally:
         _in_a_run.reset(inside)
+        if ranks.shards is not None:
+            ranks.shards.leave()
         # Closes the connections, so that no rank waits for this one.
         dist.destroy_process_group(group)
         ranks._group = group = None

@@ -6,61 +6,23 @@
 A backend that took such a tensor as an input would ask for strides that it does not have. Places, not addresses, stand in
 the graph, so that what is compiled for it is found again in torch's cache, in another process too.
 
-The rows [B, D] of gradients pass through ``rows``, which copies them and which no backend looks into: the norm that clips a row
-is that of the very numbers that are summed, whatever is fused, rounded or computed twice before or behind it.
+The rows [B, D] of gradients pass through ``held``: the norm that clips a row is that of the very numbers that are summed,
+whatever is fused, rounded or computed twice before or behind it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .joint_graph import JointGraph, copy_graph, finish
+from .opaque import HELD, PACKED_LINEAR
 from .torch_private import LINEAR, LINEAR_ADD
 
 aten = torch.ops.aten
-_HELD = threading.local()
-LIBRARY: Any = torch.library.Library("dpbitfit_fx", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define("packed_linear(Tensor x, Tensor? bias, int place, int width) -> Tensor")
-LIBRARY.define("rows(Tensor gradients) -> Tensor")
-
-
-def _packed_linear(x: Tensor, bias: Tensor | None, place: int, width: int) -> Tensor:
-    result: Tensor = LINEAR(x, _HELD.packs[place], bias, "none", [], "")
-    return result
-
-
-def _packed_linear_fake(x: Tensor, bias: Tensor | None, place: int, width: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], width))
-
-
-def _rows(gradients: Tensor) -> Tensor:
-    return gradients.clone(memory_format=torch.contiguous_format)
-
-
-LIBRARY.impl("packed_linear", _packed_linear, "CPU")
-LIBRARY.impl("rows", _rows, "CompositeExplicitAutograd")
-torch.library.register_fake("dpbitfit_fx::packed_linear", _packed_linear_fake, lib=LIBRARY)
-torch.library.register_fake("dpbitfit_fx::rows", _rows, lib=LIBRARY)
-PACKED_LINEAR: Any = torch.ops.dpbitfit_fx.packed_linear.default
-ROWS: Any = torch.ops.dpbitfit_fx.rows.default
-
-
-@contextlib.contextmanager
-def holding(packs: Sequence[Tensor]) -> Iterator[None]:
-    """The packs that graphs called inside, on this thread, read by their place."""
-    before = getattr(_HELD, "packs", ())
-    _HELD.packs = packs
-    try:
-        yield
-    finally:
-        _HELD.packs = before
 
 
 def hide_weights(joint: JointGraph, targets: Sequence[str]) -> JointGraph:
@@ -83,7 +45,7 @@ def hide_weights(joint: JointGraph, targets: Sequence[str]) -> JointGraph:
         if node.target is aten.where.ScalarOther and node.args[1].op == "call_function" and len(node.args[1].users) > 1:
             rows: Any = node.args[1]
             with graph.inserting_after(rows):
-                held = graph.call_function(ROWS, (rows,))
+                held = graph.call_function(HELD, (rows,))
             rows.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
     for placeholder in packs:
         graph.erase_node(placeholder)

@@ -216,6 +216,13 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def gather_into(whole: torch.Tensor, part: torch.Tensor, group: Any) -> None:
+    """The processes' parts, one behind the other, under the name that each torch knows without a warning."""
+    dist: Any = torch.distributed
+    call = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    call(whole, part, group=group)
+
+
 def default_group_timeout() -> timedelta:
     """How long the default process group of torch.distributed waits, as its creator said."""
     group: Any = torch.distributed.group.WORLD

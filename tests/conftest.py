@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from dpbitfit_fx import lowering
+from dpbitfit_fx.passes import packing
+from dpbitfit_fx.passes.torch_private import LINEAR
+
 # Compiling a graph inside a property takes longer than Hypothesis's default deadline; the seed is fixed so that a red
 # run is red again on the next machine.
 settings.register_profile(
@@ -27,3 +31,19 @@ def fixed_seed() -> Iterator[None]:
     """Models and batches are drawn with torch's global generator; noise and Poisson draws never are."""
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def packed_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed products exist wherever oneDNN does; only whether they pay depends on the CPU."""
+    if LINEAR is None:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(packing, "can_pack", lambda: True)
+
+
+@pytest.fixture
+def bfloat16_products(packed_products: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN emulates them on CPUs that lack them: slow, with the same numbers."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)

@@ -14,21 +14,14 @@ import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.lowering import Lowered
-from dpbitfit_fx.passes import bf16_attention, facts, packing
+from dpbitfit_fx.passes import bf16_attention, facts
 from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD
-from dpbitfit_fx.passes.torch_private import LINEAR
 
 aten = torch.ops.aten
 HEADS, WIDTH = 2, 64
 
 
-@pytest.fixture(autouse=True)
-def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN emulates bfloat16 products on CPUs that lack them: slow, with the same numbers."""
-    if LINEAR is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no bfloat16 here")
-    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
-    monkeypatch.setattr(packing, "can_pack", lambda: True)
+pytestmark = pytest.mark.usefixtures("bfloat16_products")
 
 
 class Attend(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from fit_cases import mlp, mlp_loss, run, text_loss, text_model
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx import lowering
-from dpbitfit_fx.passes import facts, opaque_weights, packing
-from dpbitfit_fx.passes.opaque_weights import PACKED_LINEAR, ROWS, holding
+from dpbitfit_fx.passes import facts, opaque
+from dpbitfit_fx.passes.opaque import HELD, PACKED_LINEAR, holding
 from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
 reshape = torch.ops.aten.reshape.default
@@ -75,16 +73,6 @@ def test_without_a_compiler_inductor_is_refused_and_the_way_out_named(monkeypatc
 # -- packed weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def with_packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Packed products exist wherever oneDNN does; bfloat16 ones are emulated where the CPU has none."""
-    if LINEAR is None:
-        pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(packing, "can_pack", lambda: True)
-    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
-    yield
-
-
 class Block(nn.Module):
     """A residual block: one product adds a bias, one adds rows, and the head is too small to pack."""
 
@@ -116,7 +104,7 @@ def total(step: dpb.PrivateStep, batch: Any) -> Tensor:
 
 
 @needs_compiler
-@pytest.mark.usefixtures("with_packs")
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_what_inductor_compiles_reads_packed_weights_and_follows_the_model(precision: str) -> None:
     model, ours = block(backend="inductor", precision=precision)
@@ -150,7 +138,7 @@ def test_no_reshape_leaves_its_rows_to_be_worked_out() -> None:
 
 
 @needs_compiler
-@pytest.mark.usefixtures("with_packs")
+@pytest.mark.usefixtures("bfloat16_products")
 def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once() -> None:
     _, step = block(backend="inductor", precision="bf16")
     lowered = step._lowered
@@ -158,21 +146,21 @@ def test_packs_are_no_inputs_there_and_the_rows_that_are_clipped_are_made_once()
     targets = [n.target for n in graph.nodes]
     assert targets.count(PACKED_LINEAR) == 3 and LINEAR not in targets and LINEAR_ADD not in targets
     assert not {p.target for p in lowered.packs} & {i.target for i in lowered.runner._inputs.inputs}
-    (held,) = (n for n in graph.nodes if n.target is ROWS)
+    (held,) = (n for n in graph.nodes if n.target is HELD)
     (gradients,) = held.args
     assert list(gradients.users) == [held] and len(held.users) == 2  # the norm and the sum
     facts.partial(lowered.joint)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("with_packs")
+@pytest.mark.usefixtures("bfloat16_products")
 def test_with_packs_declined_there_are_none() -> None:
     _, step = block(backend="inductor", disable=["packed_weights"])
     assert not step.report().packed
     assert PACKED_LINEAR not in {n.target for n in step._lowered.runner._inputs.module.graph.nodes}
 
 
-@pytest.mark.usefixtures("with_packs")
+@pytest.mark.usefixtures("bfloat16_products")
 def test_every_thread_reads_the_packs_that_it_holds() -> None:
     def pack(value: float) -> Tensor:
         return pack_linear_weight(torch.full((8, 4), value))
@@ -200,7 +188,7 @@ def test_every_thread_reads_the_packs_that_it_holds() -> None:
 
 
 def test_the_operators_that_hide_packs_and_rows_are_what_torch_expects_of_one() -> None:
-    torch.library.opcheck(opaque_weights.ROWS, (torch.randn(3, 5),))
+    torch.library.opcheck(opaque.HELD, (torch.randn(3, 5),))
     if LINEAR is not None:
         with holding([pack_linear_weight(torch.randn(8, 4))]):
             torch.library.opcheck(PACKED_LINEAR, (torch.randn(3, 4), torch.randn(8), 0, 8))

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
 from dpbitfit_fx.compile import check_rows
-from dpbitfit_fx.passes import facts, packing
+from dpbitfit_fx.passes import facts
 from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
-pytestmark = pytest.mark.skipif(LINEAR is None, reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.usefixtures("packed_products")
 
 
 @pytest.fixture(autouse=True)
-def on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Packed products exist wherever oneDNN does; only whether they pay depends on the CPU."""
-    monkeypatch.setattr(packing, "can_pack", lambda: True)
+def nothing_is_kept() -> Iterator[None]:
+    """Packs are shared between steps that are alive."""
     yield
     gc.collect()
 
@@ -169,15 +168,7 @@ def test_a_lowering_that_changes_the_numbers_is_caught() -> None:
 # -- precision="bf16" -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN emulates bfloat16 products on CPUs that lack them: slow, with the same numbers."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no bfloat16 here")
-    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
-
-
-@pytest.mark.usefixtures("with_bfloat16")
+@pytest.mark.usefixtures("bfloat16_products")
 class TestBfloat16:
     def test_products_with_frozen_weights_are_rounded_once_and_nothing_else(self) -> None:
         step = compiled(net(), precision="bf16")

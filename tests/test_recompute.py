@@ -17,7 +17,6 @@ from small_models import Middle, Sandwich, losses, none_below, points
 from torch import Tensor, fx, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx import lowering
 from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import facts, packing, recompute
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role, copy_graph, finish
@@ -215,13 +214,9 @@ def test_a_random_operator_is_not_doubled(blind: bool, monkeypatch: pytest.Monke
     assert (calls(after)[aten.rand_like.default] > calls(before)[aten.rand_like.default]) is blind
 
 
-@pytest.mark.skipif(LINEAR is None, reason="this build of torch has no oneDNN")
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_repeated_products_share_their_packed_weight(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no bfloat16 here")
-    monkeypatch.setattr(packing, "can_pack", lambda: True)
-    monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
     monkeypatch.setattr(packing, "SMALLEST", 1)
     plain, less = (Lowered(compiled("encoder", b).partial, "eager", (), precision) for b in (1.0, 0.0))
     assert [p.target for p in less.packs] == [p.target for p in plain.packs]

@@ -1,0 +1,135 @@
+"""Lowering for torch.compile, ``precision="bf16"``: what the backward pass reads of norms and gradients is kept in bfloat16.
+
+    norm backward      dx = r (g w - mean(g w) - n mean(g w n))          n = float32(held(bf16((x - m) r)))  [.., d]
+    a bias's gradient  sum_t g                ->        sum_t float32(bf16(g))          g [B, T, n] that a product reads in bf16
+
+The first keeps the normalised input, two bytes an entry, instead of the input itself, four; mean m, inverse deviation r [.., 1]
+and all arithmetic stay float32. The second reads what the product of the backward pass reads anyway, so that g is written
+once, in bfloat16, and not in float32 beside it; entries are added up in float32 as before. Both round entries to three digits,
+as the products around them do; the row [B, D] that is clipped is the very row that is summed.
+
+``held`` copies and is opaque: a backend would work the cast out where it is read, and keep x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .joint_graph import JointGraph, copy_graph, finish
+from .opaque import HELD
+from .torch_private import LINEAR
+
+aten = torch.ops.aten
+VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+
+
+def keep_bfloat16(joint: JointGraph) -> JointGraph:
+    """The same sums from fewer bytes; the report says of how many norms and gradients."""
+    graph, _ = copy_graph(joint.module)
+    forward = set(itertools.takewhile(lambda n: "backward" not in str(n.target), graph.nodes))
+    done = {"norms": 0, "gradients": 0}
+    for node in list(graph.nodes):
+        if node.target is aten.native_layer_norm_backward.default:
+            done["norms"] += _norm(graph, node, forward)
+        elif node.target is aten.sum.dim_IntList and node not in forward:
+            done["gradients"] += _sum(graph, node)
+    notes = tuple(f"kept in bfloat16: what {n} {what} leave for the backward pass" for what, n in done.items() if n)
+    graph.eliminate_dead_code()
+    return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
+
+
+def _cast(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+
+
+def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
+    """Where its call in the forward pass is found, and nothing else of the backward pass keeps the input."""
+    args: Any = node.args
+    gradient, x, shape, mean, deviation, weight = args[:6]
+    readers = list(node.users)
+    statistics: list[Any] = [n.args if n.target is operator.getitem else (None, None) for n in (mean, deviation)]
+    call = statistics[0][0]
+    if (
+        x.meta.get("dtype") is not torch.float32
+        or statistics != [(call, 1), (call, 2)]
+        or getattr(call, "target", None) is not aten.native_layer_norm.default
+        or call.args[0] is not x
+        or any(r is not node and r not in forward for r in _readers(x))
+        or any(r.target is not operator.getitem or r.args[1] != 0 for r in readers)
+    ):
+        return False
+    order = list(graph.nodes)
+    with graph.inserting_before(max((mean, deviation), key=order.index).next):
+        centred = graph.call_function(aten.sub.Tensor, (x, mean))
+        normal = graph.call_function(aten.mul.Tensor, (centred, deviation))
+        held = graph.call_function(HELD, (_cast(graph, normal, torch.bfloat16),))
+    dims = list(range(-len(shape), 0))
+    with graph.inserting_before(node):
+        n = _cast(graph, held, torch.float32)
+        g = gradient if weight is None else graph.call_function(aten.mul.Tensor, (gradient, weight))
+        along = graph.call_function(aten.mean.dim, (graph.call_function(aten.mul.Tensor, (g, n)), dims, True))
+        flat = graph.call_function(aten.mean.dim, (g, dims, True))
+        rest = graph.call_function(aten.sub.Tensor, (g, flat))
+        rest = graph.call_function(aten.sub.Tensor, (rest, graph.call_function(aten.mul.Tensor, (n, along))))
+        new = graph.call_function(aten.mul.Tensor, (rest, deviation))
+    for reader in readers:
+        new.meta.update(reader.meta)
+        reader.replace_all_uses_with(new)
+        graph.erase_node(reader)
+    graph.erase_node(node)
+    return True
+
+
+def _sum(graph: fx.Graph, node: fx.Node) -> bool:
+    """Where the gradient is read by this sum and, through one cast, by products."""
+    seen: Any = node.args[0]
+    base = seen
+    while base.target in VIEWS:
+        base = base.args[0]
+    readers = _readers(base)
+    casts = [r for r in readers if r.target is aten._to_copy.default and r.kwargs == {"dtype": torch.bfloat16}]
+    if base.meta.get("dtype") is not torch.float32 or len(casts) != 1 or set(readers) != {node, *casts}:
+        return False
+    (cast,) = casts
+    products = [u for u in cast.users if u.target is LINEAR]
+    if not products or len(products) != len(cast.users):
+        return False
+    order = {n: at for at, n in enumerate(graph.nodes)}
+    after = max(products, key=order.__getitem__)
+    with graph.inserting_before(after.next):
+        wide = _cast(graph, cast, torch.float32)
+        if seen is not base:
+            wide = graph.call_function(aten.reshape.default, (wide, seen.args[1]))
+        new = graph.call_function(aten.sum.dim_IntList, (wide, *node.args[1:]), node.kwargs)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    _behind(new)
+    return True
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads it, through views."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if user.target in VIEWS else [user]
+    return found
+
+
+def _behind(node: fx.Node) -> None:
+    """Moves what reads ``node`` and stands before it, and what reads that, behind it."""
+    late, needing = [], {node}
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if not needing.isdisjoint(other.all_input_nodes):
+            needing.add(other)
+            late.append(other)
+    for other in reversed(late):
+        node.append(other)
