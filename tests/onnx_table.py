@@ -54,7 +54,7 @@ def one_trace() -> Iterator[None]:
 
     kept: dict[str, Any] = {}
 
-    def shared(step: Any, layout: onnx_export.Layout) -> Core:
+    def shared(step: Any, layout: onnx_export.Layout, weights: None = None) -> Core:
         if step.graph_hash not in kept:
             kept[step.graph_hash] = ir.serde.serialize_model(export_core(step, layout).model)
         return Core(ir.serde.deserialize_model(kept[step.graph_hash]), layout)
