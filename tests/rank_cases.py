@@ -20,8 +20,10 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.export._trace
+from fit_cases import RECORDS, points
 
 PATIENCE = 60.0
+READ_BEFORE = RECORDS + 2 * 16  # check_rows reads all, and compare some of them twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +82,29 @@ def of_rank_0(count: int, work: Callable[[], Any]) -> Any:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# -- what stops a rank -------------------------------------------------------------------------------------------------
+
+
+class Failing(torch.utils.data.Dataset[Any]):
+    """Does something bad in the middle of training; where that gives something, it is the record."""
+
+    def __init__(self, bad: Callable[[], Any], good: int = 60) -> None:
+        self.records, self.bad, self.left = points(), bad, READ_BEFORE + good
+
+    def __len__(self) -> int:
+        return RECORDS
+
+    def __getitem__(self, row: int) -> Any:
+        self.left -= 1
+        given = self.bad() if self.left == 0 else None
+        return self.records[row] if given is None else given
+
+
+def quoting() -> None:
+    raise ValueError("the record itself")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt

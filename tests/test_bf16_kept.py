@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
@@ -135,17 +135,9 @@ needs_compiler = pytest.mark.skipif(
 
 
 def peak(step: dpb.PrivateStep, batch: Any) -> int:
-    """The most bytes that torch's allocator holds at once during a step."""
     mask, zero = torch.ones(len(batch[1])), step.zero_accumulator()
     step.accumulate(batch, mask, zero)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step.accumulate(batch, mask, zero)
-    held, most = 0, 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak_bytes(lambda: step.accumulate(batch, mask, zero))
 
 
 @needs_compiler

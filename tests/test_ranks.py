@@ -30,7 +30,7 @@ from fit_cases import (
 )
 from fit_cases import run as reference
 from planted_bugs import BUGS
-from rank_cases import Ended, die, of_rank_0, together
+from rank_cases import Ended, Failing, die, interrupted, of_rank_0, quoting, together
 from torch import Tensor, nn
 
 from dpbitfit_fx.biases import load_biases
@@ -236,32 +236,6 @@ def test_a_rank_that_disagrees_is_refused_by_name_before_the_first_step(what: st
 
 
 # -- ranks that stop ---------------------------------------------------------------------------------------------------
-
-READ_BEFORE = RECORDS + 2 * 16  # check_rows reads all, and compare some of them twice
-
-
-class Failing(torch.utils.data.Dataset[Any]):
-    """Does something bad in the middle of training."""
-
-    def __init__(self, bad: Callable[[], Any], good: int = 60) -> None:
-        self.records, self.bad, self.left = points(), bad, READ_BEFORE + good
-
-    def __len__(self) -> int:
-        return RECORDS
-
-    def __getitem__(self, row: int) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            self.bad()
-        return self.records[row]
-
-
-def quoting() -> None:
-    raise ValueError("the record itself")
-
-
-def interrupted() -> None:
-    raise KeyboardInterrupt
 
 
 def failing(folder: Path, bad: Callable[[], Any], on: int, count: int = 2, **changes: Any) -> list[Ended]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fit_cases import PHASES, RECORDS, TextModel, biases, crash_at, mlp_loss, points, sentences, text_loss
 from fit_cases import run as reference
 from memory import peak_bytes
-from rank_cases import die, of_rank_0, together
+from rank_cases import Failing, die, interrupted, of_rank_0, quoting, together
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,7 +27,8 @@ from dpbitfit_fx.engine import Engine
 from dpbitfit_fx.errors import CompileRefused, SealBroken
 from dpbitfit_fx.fit import FitResult
 from dpbitfit_fx.passes import packing
-from dpbitfit_fx.passes.sharded_weights import Shard, gathering
+from dpbitfit_fx.passes.opaque import gathering
+from dpbitfit_fx.passes.sharded_weights import Shard
 from dpbitfit_fx.sharding import FrozenShards
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -350,32 +351,6 @@ def test_ranks_that_repeat_a_batch_where_they_have_none_left_end_elsewhere(monke
 
 # -- ranks that stop ---------------------------------------------------------------------------------------------------
 
-READ_BEFORE = RECORDS + 2 * 16  # check_rows reads all, and compare some of them twice
-
-
-class Failing(torch.utils.data.Dataset[Any]):
-    """Does something bad in the middle of training."""
-
-    def __init__(self, bad: Callable[[], Any], good: int = 30) -> None:
-        self.records, self.bad, self.left = points(), bad, READ_BEFORE + good
-
-    def __len__(self) -> int:
-        return RECORDS
-
-    def __getitem__(self, row: int) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            return self.bad()
-        return self.records[row]
-
-
-def quoting() -> None:
-    raise ValueError("the record itself")
-
-
-def interrupted() -> None:
-    raise KeyboardInterrupt
-
 
 def beyond_the_classes() -> Any:
     return torch.zeros(4), torch.tensor(7)
@@ -389,7 +364,7 @@ def test_what_stops_a_sharded_rank_stops_all_by_name_and_the_run_goes_on_bit_for
     bad: Callable[[], Any], on: int, count: int, tmp_path: Path
 ) -> None:
     def work(rank: int) -> Tensor:
-        dataset = Failing(bad) if rank == on else points()
+        dataset = Failing(bad, good=30) if rank == on else points()
         return values(run(tmp_path, dataset=dataset, checkpoint_every=2, shard_frozen=True).model)
 
     started = time.monotonic()
@@ -411,7 +386,7 @@ def test_what_stops_a_sharded_rank_stops_all_by_name_and_the_run_goes_on_bit_for
 
 def test_a_record_on_which_the_model_fails_stops_all_without_being_quoted_or_run_again(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
-        return run(tmp_path, dataset=Failing(beyond_the_classes) if rank else points(), shard_frozen=True)
+        return run(tmp_path, dataset=Failing(beyond_the_classes, good=30) if rank else points(), shard_frozen=True)
 
     ranks = together(2, work)
     for ended in ranks:
@@ -422,7 +397,7 @@ def test_a_record_on_which_the_model_fails_stops_all_without_being_quoted_or_run
 
 def test_a_sharded_rank_that_is_silent_for_longer_than_the_groups_timeout_stops_all() -> None:
     def work(rank: int) -> Any:
-        return run(None, dataset=Failing(lambda: time.sleep(5)) if rank == 2 else points(), shard_frozen=True)
+        return run(None, dataset=Failing(lambda: time.sleep(5), good=30) if rank == 2 else points(), shard_frozen=True)
 
     started = time.monotonic()
     ranks = together(3, work, patience=2)
