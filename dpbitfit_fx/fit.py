@@ -164,7 +164,7 @@ def fit(
             `exclude=["*layer.[0-3].*"]` or so) is computed once for each record, before the first step, and kept in memory;
             a step then runs the other blocks alone. For datasets that give the same record at every load. Not with dropout or
             noise="grid". The same gradients up to rounding; nothing of it is written or exported.
-        shard_frozen: for models that are too large for each process: while it trains, each keeps 1/N of every large frozen weight
+        shard_frozen: less memory in each process: while it trains, each keeps 1/N of every large frozen weight
             and gathers it whole before it is read, the same bits. Nothing in a single process. The model has to fit while it is
             compiled, and comes back whole; meanwhile it shows DTensors, and only `eval_fn` gets a whole one. After an error
             it is left sharded, and the same call takes it. For backend="eager" in float32.

@@ -18,8 +18,7 @@ import torch
 from dpbitfit_fx.onnx_export import (
     EXPORT_ROWS,
     Layout,
-    at_captured_length,
-    example_rows,
+    export_rows,
     flat_parameters,
     freeze,
     graph_arguments,
@@ -28,7 +27,7 @@ from dpbitfit_fx.onnx_export import (
     unaliased,
 )
 from dpbitfit_fx.onnx_lowering import Lowered
-from dpbitfit_fx.onnx_weights import INLINE_LIMIT, read_transposed
+from dpbitfit_fx.onnx_weights import INLINE_LIMIT
 from dpbitfit_fx.passes.joint_graph import JointGraph, Role, copy_graph, finish
 from dpbitfit_fx.passes.torch_private import tree_flatten, tree_unflatten
 
@@ -136,15 +135,12 @@ def eval_model(
             model, frozen, outputs = _losses(step, layout)
         else:
             model, frozen, outputs = _outputs(step, layout, eval_output)
-    freeze(model, frozen)
-    read_transposed(model)
-    if weights is not None:
-        weights.rewrite(model, frozen)
+    freeze(model, frozen, weights)
     return model, outputs
 
 
 def _losses(step: Any, layout: Layout) -> Exported:
-    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
+    leaves, length, padded = export_rows(step, layout)
     joint: JointGraph = step.captured
     values, called, frozen = graph_arguments(joint, step, layout, leaves)
     module = _MeanLoss(joint)
@@ -161,7 +157,7 @@ def _losses(step: Any, layout: Layout) -> Exported:
 
 def _outputs(step: Any, layout: Layout, eval_output: Callable[[Any, Any], Any]) -> Exported:
     module = EvalModule(step, layout, eval_output)
-    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
+    leaves, length, padded = export_rows(step, layout)
     flat = torch.from_numpy(flat_parameters(step, layout.parameters))
     values = [flat[p.offset : p.offset + p.numel].reshape(p.shape).clone() for p in layout.parameters]
     args, names = [*leaves, *values], [b.name for b in layout.batch] + [p.onnx_name for p in layout.parameters]

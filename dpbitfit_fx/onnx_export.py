@@ -241,16 +241,11 @@ def prepare(step: Any, noise_multiplier: float | None, expected_batch_size: floa
     return step
 
 
-def example_rows(batch: Any, rows: int) -> list[torch.Tensor]:
-    """The leaves of ``batch``, its rows repeated or cut to ``rows``; no two leaves share memory."""
-    leaves, _ = tree_flatten(batch)
-    return [torch.cat([x.detach()] * -(-rows // max(1, x.shape[0])))[:rows].clone() for x in leaves]
-
-
-def at_captured_length(
-    step: Any, layout: Layout, leaves: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], DynamicLength | None, dict[str, int]]:
-    """The batch at a length that is no size of the model, the free length, and the dimension that has it by input name."""
+def export_rows(step: Any, layout: Layout) -> tuple[list[torch.Tensor], DynamicLength | None, dict[str, int]]:
+    """EXPORT_ROWS rows of the example batch at a length that is no size of the model, no two leaves in one memory; the free
+    length; and the dimension that has it, by input name."""
+    leaves, _ = tree_flatten(step.example_batch)
+    leaves = [torch.cat([x.detach()] * -(-EXPORT_ROWS // max(1, x.shape[0])))[:EXPORT_ROWS].clone() for x in leaves]
     length: DynamicLength | None = step.dynamic_length
     if length is None:
         return leaves, None, {}
@@ -415,9 +410,9 @@ def _unused(name: str, taken: set[str]) -> str:
     return found
 
 
-def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Turn the named inputs into initializers that hold ``tensors``, not copied. They were inputs so far: nothing folded
-    them."""
+def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor], weights: FrozenWeights | None = None) -> None:
+    """Turn the named inputs into initializers that hold ``tensors``, not copied, and are read as they lie; quantized by
+    ``weights``. They were inputs so far: nothing folded them."""
     from onnx_ir import tensor_adapters
 
     for value in list(model.graph.inputs):
@@ -427,6 +422,9 @@ def freeze(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> None:
                 tensor = tensors[str(value.name)].detach().cpu()
                 value.const_value = tensor_adapters.TorchTensor(tensor, name=value.name)
                 model.graph.register_initializer(value)
+    read_transposed(model)
+    if weights is not None:
+        weights.rewrite(model, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,7 +442,7 @@ def export_core(step: Any, layout: Layout, weights: FrozenWeights | None = None)
         ExportError: an operator has no ONNX form.
     """
     joint: JointGraph = step.partial
-    leaves, length, padded = at_captured_length(step, layout, example_rows(step.example_batch, EXPORT_ROWS))
+    leaves, length, padded = export_rows(step, layout)
     args, names, frozen = graph_arguments(joint, step, layout, leaves)
     batched = [i.role in (Role.BATCH, Role.MASK) for i in joint.inputs]
     lowered = Lowered(joint.module)
@@ -452,11 +450,8 @@ def export_core(step: Any, layout: Layout, weights: FrozenWeights | None = None)
         lowered(*args)  # on real tensors once: it builds the constants
     what = "The private gradient step"
     model = to_onnx(lowered, unaliased(args), names, batched, ["accumulator_out"], what, length, padded)
-    freeze(model, frozen)
-    read_transposed(model)
-    if weights is not None:
-        weights.rewrite(model, frozen)
-    pin_rows(model, [p.numel for p in layout.parameters], constant)
+    freeze(model, frozen, weights)
+    pin_rows(model, [p.numel for p in layout.parameters])
     return Core(model, layout)
 
 

@@ -19,6 +19,7 @@ from torch import fx
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_operators import OPERATORS, UNSUPPORTED
+from dpbitfit_fx.passes.bf16_attention import LOWEST
 from dpbitfit_fx.passes.unify import where
 
 aten = torch.ops.aten
@@ -88,9 +89,6 @@ class _Interpreter(fx.Interpreter):
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
-
-
-LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no infinity
 
 
 def _attention_weights(

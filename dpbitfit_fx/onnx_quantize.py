@@ -21,7 +21,6 @@ import torch
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_dequantize import BLOCK, Quantized, read_quantized
 from dpbitfit_fx.onnx_weights import INLINE_LIMIT
-from dpbitfit_fx.passes.torch_private import tree_flatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -168,7 +167,4 @@ def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _clipped_sum(step: Any) -> torch.Tensor:
-    rows = tree_flatten(step.example_batch)[0][0].shape[0]
-    with torch.no_grad():
-        total: torch.Tensor = step.accumulate(step.example_batch, torch.ones(rows), step.zero_accumulator())
-    return total
+    return torch.cat([x.flatten() for x in step.clipped_sum(step.example_batch).values()])

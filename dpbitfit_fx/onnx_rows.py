@@ -7,20 +7,19 @@ So after it has run, ``Reshape(x, Concat(Shape(sample_mask), sizes))`` is put ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpbitfit_fx.errors import ExportError
+from dpbitfit_fx.onnx_weights import constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def pin_rows(
-    model: ir.Model, sizes: Sequence[int], constant: Callable[[ir.Model, str, np.ndarray[Any, Any]], ir.Value]
-) -> None:
+def pin_rows(model: ir.Model, sizes: Sequence[int]) -> None:
     """Edit ``.. -> accumulator_out`` in place; ``sizes``: of the trainables. What it does not find, the seal refuses."""
     import onnx_ir as ir
 

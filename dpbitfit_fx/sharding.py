@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpbitfit_fx.errors import CompileRefused, RankError
-from dpbitfit_fx.passes.sharded_weights import Shard, gathering
+from dpbitfit_fx.passes.opaque import gathering
+from dpbitfit_fx.passes.sharded_weights import Shard
 from dpbitfit_fx.passes.torch_private import default_group_timeout, gather_into
 
 __all__ = ["SMALLEST", "FrozenShards", "GatherBroken", "check_sharding", "make_whole", "parts_of", "refuse_parts"]

@@ -18,9 +18,9 @@ from torch import fx
 
 from .joint_graph import JointGraph, Role, copy_graph, finish
 from .live_values import BATCHES, shapes
+from .views import VIEWS
 
 aten = torch.ops.aten
-RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 def spell_sizes(joint: JointGraph) -> JointGraph:
@@ -36,7 +36,7 @@ def spell_sizes(joint: JointGraph) -> JointGraph:
     multiples: dict[int, fx.Node] = {1: count}
     after = count
     for node in joint.module.graph.nodes:
-        shape: Any = node.args[1] if node.target in RESHAPES else ()
+        shape: Any = node.args[1] if node.target in VIEWS else ()
         if -1 not in shape:
             continue
         at = list(shape).index(-1)

@@ -14,7 +14,6 @@ as the products around them do; the row [B, D] that is clipped is the very row t
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
 from typing import Any
 
@@ -24,15 +23,15 @@ from torch import fx
 from .joint_graph import JointGraph, copy_graph, finish
 from .opaque import HELD
 from .torch_private import LINEAR
+from .views import forward_pass, readers, shown_by
 
 aten = torch.ops.aten
-VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 def keep_bfloat16(joint: JointGraph) -> JointGraph:
     """The same sums from fewer bytes; the report says of how many norms and gradients."""
     graph, _ = copy_graph(joint.module)
-    forward = set(itertools.takewhile(lambda n: "backward" not in str(n.target), graph.nodes))
+    forward = forward_pass(graph)
     done = {"norms": 0, "gradients": 0}
     for node in list(graph.nodes):
         if node.target is aten.native_layer_norm_backward.default:
@@ -40,7 +39,6 @@ def keep_bfloat16(joint: JointGraph) -> JointGraph:
         elif node.target is aten.sum.dim_IntList and node not in forward:
             done["gradients"] += _sum(graph, node)
     notes = tuple(f"kept in bfloat16: what {n} {what} leave for the backward pass" for what, n in done.items() if n)
-    graph.eliminate_dead_code()
     return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
 
 
@@ -52,7 +50,7 @@ def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
     """Where its call in the forward pass is found, and nothing else of the backward pass keeps the input."""
     args: Any = node.args
     gradient, x, shape, mean, deviation, weight = args[:6]
-    readers = list(node.users)
+    results = list(node.users)
     statistics: list[Any] = [n.args if n.target is operator.getitem else (None, None) for n in (mean, deviation)]
     call = statistics[0][0]
     if (
@@ -60,8 +58,8 @@ def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
         or statistics != [(call, 1), (call, 2)]
         or getattr(call, "target", None) is not aten.native_layer_norm.default
         or call.args[0] is not x
-        or any(r is not node and r not in forward for r in _readers(x))
-        or any(r.target is not operator.getitem or r.args[1] != 0 for r in readers)
+        or any(r is not node and r not in forward for r in readers(x))
+        or any(r.target is not operator.getitem or r.args[1] != 0 for r in results)
     ):
         return False
     order = list(graph.nodes)
@@ -78,7 +76,7 @@ def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
         rest = graph.call_function(aten.sub.Tensor, (g, flat))
         rest = graph.call_function(aten.sub.Tensor, (rest, graph.call_function(aten.mul.Tensor, (n, along))))
         new = graph.call_function(aten.mul.Tensor, (rest, deviation))
-    for reader in readers:
+    for reader in results:
         new.meta.update(reader.meta)
         reader.replace_all_uses_with(new)
         graph.erase_node(reader)
@@ -89,12 +87,10 @@ def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
 def _sum(graph: fx.Graph, node: fx.Node) -> bool:
     """Where the gradient is read by this sum and, through one cast, by products."""
     seen: Any = node.args[0]
-    base = seen
-    while base.target in VIEWS:
-        base = base.args[0]
-    readers = _readers(base)
-    casts = [r for r in readers if r.target is aten._to_copy.default and r.kwargs == {"dtype": torch.bfloat16}]
-    if base.meta.get("dtype") is not torch.float32 or len(casts) != 1 or set(readers) != {node, *casts}:
+    base = shown_by(seen)
+    all_readers = readers(base)
+    casts = [r for r in all_readers if r.target is aten._to_copy.default and r.kwargs == {"dtype": torch.bfloat16}]
+    if base.meta.get("dtype") is not torch.float32 or len(casts) != 1 or set(all_readers) != {node, *casts}:
         return False
     (cast,) = casts
     products = [u for u in cast.users if u.target is LINEAR]
@@ -112,14 +108,6 @@ def _sum(graph: fx.Graph, node: fx.Node) -> bool:
     graph.erase_node(node)
     _behind(new)
     return True
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Who reads it, through views."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _readers(user) if user.target in VIEWS else [user]
-    return found
 
 
 def _behind(node: fx.Node) -> None:

@@ -24,10 +24,10 @@ from .joint_graph import Extent, JointGraph, copy_graph, finish
 from .lengths import Sizes, sizes_of
 from .random_draws import example
 from .torch_private import tree_flatten
+from .views import VIEWS
 
 aten = torch.ops.aten
 SMALLEST = 4096  # numbers: below it a few more nodes cost more than a batched product
-VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import fx
 from . import ctc_rule, recurrent_rules, routing_rules, sample_rules, user_rules, write_rules
 from .attention_rule import attention
 from .torch_private import arguments, attention_kernel
-from .unify import VIEWS
+from .views import VIEWS
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from .joint_graph import Extent, JointGraph, copy_graph, finish
+from .views import VIEWS
 
 aten = torch.ops.aten
-VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 def refuse_operators(joint: JointGraph) -> JointGraph:

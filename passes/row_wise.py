@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from .views import VIEWS
+
 aten = torch.ops.aten
-VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 MOVES = VIEWS | {
     aten.transpose.int,
     aten.permute.default,

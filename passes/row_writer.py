@@ -12,7 +12,8 @@ from . import row_wise
 from .joint_graph import Extent, JointGraph, Role, rows_at_capture
 from .lengths import sizes_of
 from .row_plan import PADS, RowPlan
-from .row_wise import ATTENTION, ATTENTION_BACKWARD, MOVES, NORM_BACKWARD, VIEWS, Axis
+from .row_wise import ATTENTION, ATTENTION_BACKWARD, MOVES, NORM_BACKWARD, Axis
+from .views import VIEWS
 
 aten = torch.ops.aten
 CONTIGUOUS = {"memory_format": torch.contiguous_format}

@@ -13,7 +13,6 @@ sealed graph, its hash and its exports are those before this lowering.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
 from typing import Any
 
@@ -21,12 +20,11 @@ import torch
 from torch import fx
 
 from .joint_graph import Extent, JointGraph, Role, copy_graph, finish, rows_at_capture
+from .views import VIEWS, forward_pass, readers, shown_by
 
 aten = torch.ops.aten
 ALIASES = {
-    aten.reshape.default,
-    aten.view.default,
-    aten._unsafe_view.default,
+    *VIEWS,
     aten.transpose.int,
     aten.permute.default,
     aten.t.default,
@@ -56,7 +54,7 @@ def drop_saved_inputs(joint: JointGraph) -> JointGraph:
         elif node.target in SHAPE_ONLY and count is not None:
             done["pool"] += _only_shape(graph, node, count, rows)
     graph.eliminate_dead_code()
-    forward = set(itertools.takewhile(lambda n: "backward" not in str(n.target), graph.nodes))
+    forward = forward_pass(graph)
     for node in list(graph.nodes):
         if node.target is aten.threshold_backward.default:
             done["ReLU"] += _one_byte(graph, node, forward)
@@ -118,12 +116,10 @@ def _one_byte(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
     """Where nothing else reads ``y``, under any view of it, in the backward pass."""
     args: Any = node.args
     gradient, kept, threshold = args
-    base = kept
-    while base.target in ALIASES:
-        base = base.args[0]
+    base = shown_by(kept, ALIASES)
     if base.op == "placeholder" or kept.meta.get("dtype") not in (torch.float32, torch.float64):
         return False
-    if any(r is not node and r not in forward for r in _readers(base)):
+    if any(r is not node and r not in forward for r in readers(base, ALIASES)):
         return False
     with graph.inserting_after(kept):
         mask = graph.call_function(aten.le.Scalar, (kept, threshold))
@@ -134,10 +130,3 @@ def _one_byte(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     return True
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _readers(user) if user.target in ALIASES else [user]
-    return found

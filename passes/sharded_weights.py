@@ -15,45 +15,19 @@ Source: fully sharded data parallel, Zhao et al., VLDB 2023 (torch's FSDP2: ``Sh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from .joint_graph import Input, JointGraph, Role, finish
+from .opaque import WHOLE
 
 aten = torch.ops.aten
-_GATHER: list[Callable[[Tensor, int], Tensor]] = []
 _SIZES = (aten.sym_size.int, operator.mul, operator.add, operator.floordiv)
-LIBRARY: Any = torch.library.Library("dpbitfit_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
-LIBRARY.define("whole_weight(Tensor shard, int ranks) -> Tensor")
-
-
-def _whole(shard: Tensor, ranks: int) -> Tensor:
-    return _GATHER[-1](shard, ranks)
-
-
-def _whole_fake(shard: Tensor, ranks: int) -> Tensor:
-    return shard.new_empty((ranks * shard.shape[0], *shard.shape[1:]))
-
-
-LIBRARY.impl("whole_weight", _whole, "CompositeExplicitAutograd")
-torch.library.register_fake("dpbitfit_fx::whole_weight", _whole_fake, lib=LIBRARY)
-WHOLE: Any = torch.ops.dpbitfit_fx.whole_weight.default
-
-
-@contextlib.contextmanager
-def gathering(gather: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
-    """Inside, graphs gather by this: ``(shard [m, ..], N) -> [N m, ..]``, the processes' shards in their order."""
-    _GATHER.append(gather)
-    try:
-        yield
-    finally:
-        _GATHER.pop()
 
 
 class Shard(NamedTuple):

@@ -21,10 +21,10 @@ from torch import fx
 
 from .errors import CompileRefused
 from .torch_private import module_stack
+from .views import VIEWS
 
 aten = torch.ops.aten
 LIBRARIES = ("/torch/", "/passes/", "<")
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 # From, below: not beside 100, the ignore_index of every cross entropy, and small, since an operator without a batching
