@@ -13,7 +13,7 @@ import torch
 from .dropout import draw_masks
 from .dynamic_shapes import dynamic_length
 from .errors import CompileRefused, SealBroken
-from .lowering import Lowered, check_lowering
+from .lowering import CPU, Lowered, check_lowering
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
@@ -130,7 +130,7 @@ class PrivateStep:
 
     @property
     def device(self) -> torch.device:
-        return self.joint.state[self.joint.targets[0].name].device
+        return self.joint.device
 
     @property
     def clipping(self) -> Clipping:
@@ -434,7 +434,8 @@ def compile(  # the name users of torch.compile expect
     (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
     ``"saved_inputs"`` (what the backward pass does not need is not kept for it), ``"recompute"`` (below),
     ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()`` tells
-    its size), ``"bf16_attention"`` and ``"bf16_kept"`` (below). ``precision="bf16"`` multiplies with frozen weights in bfloat16,
+    its size), ``"bf16_attention"`` and ``"bf16_kept"`` (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA
+    graph for each batch size). ``precision="bf16"`` multiplies with frozen weights in bfloat16,
     attends in it and, under Inductor, keeps in it what norms and products leave for the backward pass, unless that is
     disabled. All else is float32, the clip and its sums included: about half the time on a CPU that has such products, the
     same sensitivity, gradients rounded to about three digits.
@@ -449,9 +450,9 @@ def compile(  # the name users of torch.compile expect
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
     disable = (disable,) if isinstance(disable, str) else tuple(disable)
-    check_lowering(backend, disable, precision, memory_budget)
     if not isinstance(model, torch.nn.Module):
         raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
+    check_lowering(backend, disable, precision, memory_budget, next((p.device for p in model.parameters()), CPU))
     if (noise_multiplier is None) != (expected_batch_size is None):
         raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
     chosen = trainable if isinstance(trainable, str) else tuple(trainable)

@@ -26,12 +26,17 @@ from .passes.sharded_weights import Shard, shard_weights
 from .passes.torch_private import has_bfloat16_products, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
-OPTIMIZATIONS = (*OPTIONS, "packed_weights", "bf16_kept")
+CPU = torch.device("cpu")
+OPTIMIZATIONS = (*OPTIONS, "packed_weights", "bf16_kept", "cuda_graphs")
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check_lowering(
-    backend: str, disable: Collection[str], precision: str = "float32", memory_budget: float = 1.0
+    backend: str,
+    disable: Collection[str],
+    precision: str = "float32",
+    memory_budget: float = 1.0,
+    device: torch.device = CPU,
 ) -> None:
     """Raises CompileRefused for a backend, optimization, precision or budget that does not exist (here), and says what does."""
     if backend not in BACKENDS:
@@ -67,7 +72,9 @@ def check_lowering(
             raise CompileRefused(
                 "precision='bf16' rounds the packed frozen weights: 'packed_weights' must not be disabled."
             )
-        if not has_bfloat16_products():
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise CompileRefused(f"precision='bf16' needs a GPU that multiplies bfloat16; {device} does not. Use 'float32'.")
+        if device.type == "cpu" and not has_bfloat16_products():
             raise CompileRefused(
                 "precision='bf16' needs a torch with oneDNN and a CPU that multiplies bfloat16 (AVX512_BF16 or AMX): on "
                 "this machine it would be slower than float32. Use precision='float32'."
@@ -132,10 +139,15 @@ def _version(x: torch.Tensor) -> int:
 class _Runner:
     """A graph as the backend executes it: fed with the live state, its packs kept up to date."""
 
-    def __init__(self, joint: JointGraph, backend: str, pack_them: bool, keep_less: bool, precision: str) -> None:
+    def __init__(
+        self, joint: JointGraph, backend: str, pack_them: bool, keep_less: bool, precision: str, graphs: bool = True
+    ) -> None:
         self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
         self._held: dict[str, _Packed] = {}
         self._inductor = backend == "inductor"
+        self._graphs = self._inductor and graphs and joint.device.type == "cuda"
+        # Inductor knows no oneDNN layout: such packs are no inputs then.
+        self._hidden = [i.target for i in self.packs if self._inductor and i.layout == "onednn"]
         if keep_less:
             self.joint = keep_bfloat16(self.joint)
         self._open = _open_sizes(joint)
@@ -143,31 +155,34 @@ class _Runner:
 
     def load(self, joint: JointGraph) -> None:
         """What runs from now on: a graph with the inputs of ``self.joint``."""
-        self._inputs = hide_weights(joint, [item.target for item in self.packs]) if self._inductor else joint
+        self._inputs = hide_weights(joint, self._hidden) if self._inductor else joint
         module = self._inputs.module
-        self._call: Any = torch.compile(module) if self._inductor else module
+        options: dict[str, Any] | None = {"triton.cudagraphs": True} if self._graphs else None
+        self._call: Any = torch.compile(module, options=options) if self._inductor else module
 
     def __call__(self, batch: list[torch.Tensor], *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
         packs = {item.target: self.packed(item) for item in self.packs}
+        hidden = [packs.pop(target) for target in self._hidden]
         if self._inductor:
             batch = [of_any_size(own(x), *dims) for x, dims in zip(batch, self._open, strict=True)]
             more = tuple(of_any_size(own(x), *dims) for x, dims in zip(more, ((0,), ()), strict=False))
-        values = self._inputs.values(batch, {} if self._inductor else packs)
+        values = self._inputs.values(batch, packs)
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
         with (
             torch.no_grad(),
             torch.autocast(batch[0].device.type, enabled=False),
             float32_products(),
-            holding(list(packs.values())),
+            holding(hidden),
         ):
             result: tuple[torch.Tensor, ...] = self._call(*values, *more)
-        return result
+            # The next replay of a CUDA graph writes where this one did, and it may read what this one gave.
+            return tuple(x.clone() for x in result) if self._graphs else result
 
     def packed(self, item: Pack) -> torch.Tensor:
         sources = [self.joint.state[name] for name in item.sources]
         held = self._held.get(item.target)
         if held is None or not held.fresh(sources):
-            key = (tuple(map(id, sources)), item.module.code, item.dtype)
+            key = (tuple(map(id, sources)), item.module.code, item.dtype, item.layout)
             with _PACKING:
                 held = _SHARED.get(key)
                 if held is None or not held.fresh(sources):
@@ -189,7 +204,8 @@ class Lowered:
     1, values are computed again for it (:mod:`passes.recompute`).
     Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
     ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
-    every batch size; :mod:`passes.opaque_weights` gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less.
+    every batch size; :mod:`passes.opaque_weights` gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less. On
+    CUDA it replays CUDA graphs, one for each batch size (``"cuda_graphs"``).
     With :meth:`prefix`, what no trainable reaches is computed apart (:mod:`passes.frozen_prefix`).
 
     After :meth:`run_as`, large frozen weights are read as shards (:mod:`passes.sharded_weights`).
@@ -201,11 +217,11 @@ class Lowered:
     def __init__(
         self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
     ) -> None:
-        check_lowering(backend, disable, precision)
+        check_lowering(backend, disable, precision, device=partial.device)
         rounding = ROUNDING if precision == "bf16" else ()
         # In eager mode both copies would be there at once: rounding is for what fuses it.
         keep_less = backend == "inductor" and precision == "bf16" and "bf16_kept" not in disable
-        self._options = backend, "packed_weights" not in disable, keep_less, precision
+        self._options = backend, "packed_weights" not in disable, keep_less, precision, "cuda_graphs" not in disable
         self._whole: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
         if backend == "inductor":
             self._whole = spell_sizes(self._whole)

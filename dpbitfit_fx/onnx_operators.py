@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpbitfit_fx.errors import ExportError
+from dpbitfit_fx.onnx_ctc import ctc_operators
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -49,6 +50,29 @@ def _max_pool_backward(spatial: int) -> Callable[..., Tensor]:
         flat = x.flatten(-spatial)
         spread = torch.zeros_like(flat).scatter_add(-1, indices.flatten(-spatial), grad_out.flatten(-spatial))
         return spread.reshape(x.shape)
+
+    return lower
+
+
+def _adaptive_max_pool(spatial: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Output o of m reads the cells floor(o n / m) .. ceil((o + 1) n / m) of n, the last one again where a window is short.
+    Of equals the first in memory counts."""
+
+    def lower(_: Any, x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        first, places, plane = x.dim() - spatial, torch.zeros((), dtype=torch.int64), 1
+        for axis, outputs in enumerate(output_size):
+            at = first + 2 * axis  # [.., n, ..] -> [.., outputs, widest, ..]
+            n = int(x.shape[at])
+            windows = [range(o * n // outputs, -(-(o + 1) * n // outputs)) for o in range(outputs)]
+            widest = max(len(w) for w in windows)
+            reads = torch.tensor([min(w.start + i, w.stop - 1) for w in windows for i in range(widest)])
+            x = x.index_select(at, reads).reshape(*x.shape[:at], outputs, widest, *x.shape[at + 1 :])
+            places = places * n + reads.reshape(outputs, widest, *[1] * (2 * (spatial - axis - 1)))
+            plane *= n
+        inner = [first + 2 * axis + 1 for axis in range(spatial)]
+        # A window of NaN has no maximum: its place is one that exists.
+        found = torch.where(x == x.amax(inner, keepdim=True), places, torch.full_like(places, plane - 1))
+        return x.amax(inner), found.amin(inner)
 
     return lower
 
@@ -123,6 +147,44 @@ def _where(_: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.view_as_complex(torch.where(condition.unsqueeze(-1), torch.view_as_real(x), torch.view_as_real(y)))
 
 
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+def _prod(_: Any, x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Halves times halves, log2(n) products."""
+    x = x.to(dtype or (x.dtype if x.dtype.is_floating_point else torch.int64))
+    if x.dim() == 0:
+        return x
+    if x.shape[dim] == 0:
+        return torch.ones_like(x.sum(dim, keepdim))
+    while (count := int(x.shape[dim])) > 1:
+        half = count // 2
+        pairs = x.narrow(dim, 0, half) * x.narrow(dim, half, half)
+        x = torch.cat([pairs, x.narrow(dim, count - 1, 1)], dim) if count % 2 else pairs
+    return x if keepdim else x.squeeze(dim)
+
+
+def _cumprod(_: Any, x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Products of windows of 2, 4, 8 .. that end at each place (Hillis and Steele, 1986)."""
+    x = x.to(dtype or (x.dtype if x.dtype.is_floating_point else torch.int64))
+    if x.dim() == 0:
+        return x
+    count, step = int(x.shape[dim]), 1
+    while step < count:
+        later = x.narrow(dim, step, count - step) * x.narrow(dim, 0, count - step)
+        x, step = torch.cat([x.narrow(dim, 0, step), later], dim), 2 * step
+    return x
+
+
+def _hypot(_: Any, x: Tensor, y: Tensor) -> Tensor:
+    """m sqrt(1 + (n/m)^2), m the larger and n the smaller of |x| and |y|: no square overflows."""
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    plain = (large > 0) & (large < float("inf"))
+    ratio = torch.where(plain, small, torch.zeros_like(small)) / torch.where(plain, large, torch.ones_like(large))
+    return large * (1 + ratio * ratio).sqrt()
+
+
 # -- memory as it lies ------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +231,16 @@ def _as_strided_scatter(
     merged = torch.where(torch.tensor([i >= 0 for i in places]), written, flat)
     back = sorted(range(x.dim()), key=order.__getitem__)
     return merged.reshape(-1, *(x.shape[d] for d in order[1:])).permute(back)
+
+
+def _diagonal_scatter(_: Any, x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """``source`` [.., k] on the diagonal of x [.., n, m], by a table of the k places that each cell would read."""
+    axes = dim1 % x.dim(), dim2 % x.dim()
+    rows, columns = (int(x.shape[a]) for a in axes)
+    row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
+    cell = (row - max(-offset, 0)).expand(rows, columns).clamp(0, source.shape[-1] - 1)
+    spread = source.index_select(-1, cell.flatten()).reshape(*source.shape[:-1], rows, columns)
+    return torch.where(column - row == offset, spread, x.movedim(axes, (-2, -1))).movedim((-2, -1), axes)
 
 
 # -- distances --------------------------------------------------------------------------------------------------------
@@ -276,99 +348,6 @@ def _grid_sampler_2d_backward(
     return (grad_x.reshape(x.shape) if output_mask[0] else None), (grad_grid if output_mask[1] else None)
 
 
-# -- CTC --------------------------------------------------------------------------------------------------------------
-
-
-def _log_add(*terms: Tensor) -> Tensor:
-    """log Σ exp, -inf where all are."""
-    top = terms[0]
-    for term in terms[1:]:
-        top = torch.maximum(top, term)
-    base = torch.where(top == NEGATIVE_INFINITY, torch.zeros_like(top), top)
-    return torch.log(sum((torch.exp(t - base) for t in terms[1:]), torch.exp(terms[0] - base))) + base
-
-
-def _ctc_states(log_probs: Tensor, targets: Tensor, lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The labels of the states blank, t_0, blank, ... [N, 2S+1]; who may be entered from two before; which exist."""
-    between = torch.full_like(targets, blank)
-    labels = torch.cat([torch.stack([between, targets], 2).flatten(1), between[:, :1]], 1)
-    jump = torch.nn.functional.pad(labels[:, 2:] != labels[:, :-2], (2, 0), value=False)
-    states = torch.arange(labels.shape[1], device=labels.device)
-    return labels, jump, states <= 2 * lengths.unsqueeze(1)
-
-
-def _ctc(
-    _: Any, log_probs: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, blank: int, zero_infinity: bool
-) -> tuple[Tensor, Tensor]:
-    """dpbitfit::ctc_loss: nll [N], log alpha [N, T, 2S+1] (Graves et al. 2006, eq. 6-8), unrolled over T."""
-    labels, jump, exists = _ctc_states(log_probs, targets, lengths, blank)
-    states = torch.arange(labels.shape[1], device=labels.device)
-    never = torch.full(labels.shape, NEGATIVE_INFINITY, dtype=log_probs.dtype, device=labels.device)
-    alpha = torch.where(exists & (states <= 1), log_probs[0].gather(1, labels), never)
-    rows = [alpha]
-    for t in range(1, log_probs.shape[0]):
-        one = torch.nn.functional.pad(alpha[:, :-1], (1, 0), value=NEGATIVE_INFINITY)
-        two = torch.nn.functional.pad(alpha[:, :-2], (2, 0), value=NEGATIVE_INFINITY)
-        entered = _log_add(alpha, one, torch.where(jump, two, never))
-        alpha = torch.where(exists, entered + log_probs[t].gather(1, labels), never)
-        alpha = torch.where(inputs.unsqueeze(1) > t, alpha, never)
-        rows.append(alpha)
-    table = torch.stack(rows, 1)
-    last = (inputs - 1).clamp(min=0).reshape(-1, 1, 1).expand(-1, 1, labels.shape[1])
-    final = table.gather(1, last).squeeze(1)
-    ends = (states >= 2 * lengths.unsqueeze(1) - 1) & exists
-    at_end = torch.where(ends, final, never)
-    top = at_end.amax(1)
-    base = torch.where(top == NEGATIVE_INFINITY, torch.zeros_like(top), top)
-    return -(torch.log(torch.exp(at_end - base.unsqueeze(1)).sum(1)) + base), table
-
-
-def _ctc_backward(
-    _: Any, grad: Tensor, log_probs: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, loss: Tensor, alpha: Tensor,
-    blank: int, zero_infinity: bool,
-) -> Tensor:  # fmt: skip
-    """dpbitfit::ctc_loss_backward: ``(exp(lp) - exp(log Σ_{s: l_s = c} alpha beta + nll - lp)) grad`` [T, N, C] (eq. 16)."""
-    labels, jump, exists = _ctc_states(log_probs, targets, lengths, blank)
-    states = torch.arange(labels.shape[1], device=labels.device)
-    never = torch.full(labels.shape, NEGATIVE_INFINITY, dtype=log_probs.dtype, device=labels.device)
-    ends = (states >= 2 * lengths.unsqueeze(1) - 1) & exists
-    leaves = torch.nn.functional.pad(jump[:, 2:], (0, 2), value=False)
-    onehot = (labels.unsqueeze(2) == torch.arange(log_probs.shape[2], device=labels.device)).to(log_probs.dtype)
-    # A record that no path explains has no gradient, or one that is no number, as torch's kernel.
-    scale = torch.where(loss == float("inf"), torch.full_like(grad, 0.0 if zero_infinity else float("nan")), grad)
-    # torch's kernel writes the last label's share over the last blank's: they are one label where the target ends in a blank.
-    final_label = labels.gather(1, (2 * lengths - 1).clamp(min=0).unsqueeze(1))
-    shadowed = (states == 2 * lengths.unsqueeze(1)) & (final_label == blank) & (lengths > 0).unsqueeze(1)
-    beta, rows = never, []
-    for t in range(log_probs.shape[0] - 1, -1, -1):
-        here = log_probs[t]
-        emitted = here.gather(1, labels)
-        one = torch.nn.functional.pad(beta[:, 1:], (0, 1), value=NEGATIVE_INFINITY)
-        two = torch.nn.functional.pad(beta[:, 2:], (0, 2), value=NEGATIVE_INFINITY)
-        inner = torch.where(exists, _log_add(beta, one, torch.where(leaves, two, never)) + emitted, never)
-        final = torch.where(ends, emitted, never)
-        at_end, before = (inputs == t + 1).unsqueeze(1), (inputs > t + 1).unsqueeze(1)
-        beta = torch.where(at_end, final, torch.where(before, inner, never))
-        both = alpha[:, t] + beta
-        # exp(both + nll - lp) per state, then summed per label: each is a posterior times a label's probability, <= 1.
-        share = torch.exp(both + loss.unsqueeze(1) - emitted)
-        share = torch.where((both == NEGATIVE_INFINITY) | (shadowed & at_end), torch.zeros_like(share), share)
-        summed = torch.bmm(share.unsqueeze(1), onehot).squeeze(1)
-        inside = (inputs > t).unsqueeze(1)
-        row = (torch.exp(here) - summed) * scale.unsqueeze(1)
-        dropped = scale == 0 if zero_infinity else torch.zeros_like(scale, dtype=torch.bool)
-        row = torch.where(inside & ~dropped.unsqueeze(1), row, torch.zeros_like(row))
-        rows.append(row)
-    return torch.stack(rows[::-1], 0)
-
-
-def _ctc_operators() -> dict[Any, Callable[..., Any]]:
-    import dpbitfit_fx.passes.ctc_rule  # noqa: F401  (defines them)
-
-    ours = torch.ops.dpbitfit
-    return {ours.ctc_loss.default: _ctc, ours.ctc_loss_backward.default: _ctc_backward}
-
-
 OPERATORS: dict[Any, Callable[..., Any]] = {
     aten._prelu_kernel.default: _prelu,
     aten.silu_backward.default: _silu_backward,
@@ -377,6 +356,8 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.softshrink_backward.default: _shrink_backward,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
     aten.adaptive_max_pool2d_backward.default: _max_pool_backward(2),
     aten.adaptive_max_pool3d_backward.default: _max_pool_backward(3),
     aten.kthvalue.default: _kthvalue,
@@ -387,11 +368,15 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.where.self: _where,
     aten.as_strided.default: _as_strided,
     aten.as_strided_scatter.default: _as_strided_scatter,
+    aten.diagonal_scatter.default: _diagonal_scatter,
     aten.searchsorted.Tensor: _searchsorted,
     aten._cdist_forward.default: _cdist,
     aten._cdist_backward.default: _cdist_backward,
     aten.grid_sampler_2d_backward.default: _grid_sampler_2d_backward,
-    **_ctc_operators(),
+    aten.prod.dim_int: _prod,
+    aten.cumprod.default: _cumprod,
+    aten.hypot.default: _hypot,
+    **ctc_operators(),
 }
 
 _FACTORIZATION = "ONNX has no factorization of matrices"

@@ -1,6 +1,6 @@
-"""Lowering for the CPU, ``precision="bf16"``: attention is rounded to bfloat16 as the products around it are.
+"""Lowering, ``precision="bf16"``: attention is rounded to bfloat16 as the products around it are.
 
-torch's fused kernel gains nothing from bfloat16 on short sequences: its blocks are too small for the products, and its
+On the CPU torch's fused kernel gains nothing from bfloat16 on short sequences: its blocks are too small for the products, and its
 backward is up to four times slower than in float32. There it becomes what it was fused from, six products in bfloat16:
 
     Q, K, V = bf16(scale q), bf16(k), bf16(v)      [M H, T, d], [M H, S, d], [M H, S, d]
@@ -14,6 +14,8 @@ stays and reads bfloat16; in between it stays as it was. Products add up in floa
 in float32. What attention reads and gives is float32 as before, and so is every per-sample sum behind it.
 Where each is fastest was measured on Zen 4 (AVX512_BF16): products take 0.5 of the fused kernel's time at T = 128, and as
 much at T = 6 d, from where their scores no longer fit the caches.
+
+On CUDA the kernel that takes float32 (memory-efficient) stays at every length and reads bfloat16.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ import torch
 from torch import fx
 
 from .joint_graph import DynamicLength, Extent, JointGraph, copy_graph, finish
-from .torch_private import arguments
+from .torch_private import argument_names, arguments
+from .views import VIEWS
 
 aten = torch.ops.aten
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+EFFICIENT = aten._scaled_dot_product_efficient_attention.default
+CALLS = {FORWARD: BACKWARD, EFFICIENT: aten._scaled_dot_product_efficient_attention_backward.default}
+MASKS = ("attn_mask", "attn_bias")  # what an operator calls it
+SPREAD = {*VIEWS, aten.expand.default, aten.slice.Tensor, aten.constant_pad_nd.default}  # how a mask is laid out for a kernel
 SHORT = 6  # times d: up to here products
 LONG = 512  # from here on the fused kernel in bfloat16
 LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no infinity
@@ -46,14 +53,14 @@ def round_attention(joint: JointGraph) -> JointGraph:
     done = {"products": 0, "fused": 0}
     made: dict[fx.Node, _Made] = {}
     for node in list(graph.nodes):
-        if node.target is FORWARD and (kind := _kind(node, lengths)):
+        if node.target in CALLS and (kind := _kind(node, lengths)):
             made[node] = (writer.products if kind == "products" else writer.fused)(node)
             done[kind] += 1
     order = {node: at for at, node in enumerate(graph.nodes)}
-    for node in [n for n in order if n.target is BACKWARD]:
+    for node in [n for n in order if n.target in CALLS.values()]:
         # Where attention is computed again to save memory, its two results may come from two calls: the later one is read.
-        results: Any = node.args[4:6]
-        calls = [x.args[0] for x in results if x.args[0] in made]
+        given = arguments(node)
+        calls = [x.args[0] for x in (given["out"], given["logsumexp"]) if x.args[0] in made]
         if calls:
             made[max(calls, key=order.__getitem__)].backward(node)
     for node, forward in made.items():
@@ -69,10 +76,12 @@ def round_attention(joint: JointGraph) -> JointGraph:
 def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
     """``products``, ``fused`` or empty: left as it is. Where T is not one number, its longest decides."""
     given = arguments(node)
-    q, k, mask = given["query"], given["key"], given["attn_mask"]
+    q, k, mask = given["query"], given["key"], _mask_of(given)
     shapes = [x.meta.get("shape") for x in (q, k)]
     if None in shapes or any(x.meta.get("dtype") is not torch.float32 for x in (q, k, *([mask] if mask else []))):
         return ""
+    if node.target is EFFICIENT:
+        return "" if given["dropout_p"] else "fused"
     (_, heads, t, d), (_, others, s, _) = shapes
     dynamic = isinstance(t, Extent) or isinstance(s, Extent)
     if given["dropout_p"] or heads != others or isinstance(heads, Extent) or isinstance(d, Extent):
@@ -82,6 +91,10 @@ def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
     if _longest(t, lengths) * _longest(s, lengths) <= (SHORT * d) ** 2:
         return "products"
     return "fused" if not dynamic and s >= LONG else ""
+
+
+def _mask_of(given: dict[str, Any]) -> Any:
+    return next(given[name] for name in MASKS if name in given)
 
 
 def _longest(size: int, lengths: DynamicLength | None) -> float:
@@ -194,19 +207,40 @@ class _Writer:
         return self.masks[mask]
 
     def fused(self, node: fx.Node) -> _Made:
-        given = arguments(node)
+        """The same kernel, forward and backward, on rounded tensors."""
         with self.graph.inserting_before(node):
-            mask = None if given["attn_mask"] is None else self.round(given["attn_mask"])
-            q, k, v = (self.round(given[name]) for name in ("query", "key", "value"))
-            rest = {"attn_mask": mask, "scale": given["scale"]}
-            both = self.call(FORWARD, q, k, v, 0.0, given["is_causal"], **rest)
-            out, lse = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
+            rounded = {name: self.round(x) for name, x in _tensors(node) if name not in MASKS}
+            rounded |= {name: self.round_spread(x) for name, x in _tensors(node) if name in MASKS}
+            both = self.swapped(node, rounded)
+            results = [self.call(operator.getitem, both, i) for i in range(len(node.target._schema.returns))]  # type: ignore[union-attr]
+            out, lse, *state = results
             wide = self.widen(out)
 
         def backward(reader: fx.Node) -> None:
             with self.graph.inserting_before(reader):
                 go: Any = self.round(reader.args[0])  # type: ignore[arg-type]
-                grads = self.call(BACKWARD, go, q, k, v, out, lse, 0.0, given["is_causal"], **rest)
+                known = {**rounded, argument_names(reader.target)[0]: go, "out": out, "logsumexp": lse}
+                known |= dict(zip(("philox_seed", "philox_offset"), state, strict=False))
+                grads = self.swapped(reader, known)
                 self.replace(reader, [self.widen(self.call(operator.getitem, grads, i)) for i in range(3)])
 
-        return _Made([wide, lse], backward)
+        return _Made([wide, lse, *state], backward)
+
+    def swapped(self, node: fx.Node, known: dict[str, fx.Node]) -> fx.Node:
+        """The call again, with these tensors for its own of the same name."""
+        names = argument_names(node.target)
+        args = [known.get(name, x) for name, x in zip(names, node.args, strict=False)]
+        return self.call(node.target, *args, **{name: known.get(name, x) for name, x in node.kwargs.items()})
+
+    def round_spread(self, mask: fx.Node) -> fx.Node:
+        """A mask rounded where it is small, and spread over heads and rows as it was: a copy would write it out."""
+        if mask.target not in SPREAD:
+            return self.round(mask)
+        source: Any = mask.args[0]
+        new = self.call(mask.target, self.round_spread(source), *mask.args[1:], **mask.kwargs)
+        new.meta.update(mask.meta)
+        return new
+
+
+def _tensors(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    return [(name, x) for name, x in arguments(node).items() if isinstance(x, fx.Node)]

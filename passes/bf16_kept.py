@@ -93,7 +93,7 @@ def _sum(graph: fx.Graph, node: fx.Node) -> bool:
     if base.meta.get("dtype") is not torch.float32 or len(casts) != 1 or set(all_readers) != {node, *casts}:
         return False
     (cast,) = casts
-    products = [u for u in cast.users if u.target is LINEAR]
+    products = [u for u in cast.users if u.target in (LINEAR, aten.mm.default)]
     if not products or len(products) != len(cast.users):
         return False
     order = {n: at for at, n in enumerate(graph.nodes)}

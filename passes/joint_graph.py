@@ -252,6 +252,11 @@ class JointGraph:
             return bound
         return grid_factor(self.noise.noise_multiplier, self.clipping.sensitivity, bound)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the trainables."""
+        return self.state[self.targets[0].name].device
+
     def with_role(self, role: Role) -> list[Input]:
         return [i for i in self.inputs if i.role is role]
 

@@ -1,4 +1,4 @@
-"""Lowering for the CPU, packed frozen weights: a product with a frozen weight reads it in oneDNN's own layout.
+"""Lowering, packed frozen weights: on the CPU a product with a frozen weight reads it in oneDNN's own layout.
 
     mm(x [N, K], W [K, C])               ->  linear(x, P)            P = pack(Wt [C, K]), made once, not at every step
     addmm(b [C], x, W)                   ->  linear(x, P, b)
@@ -8,6 +8,9 @@ With ``dtype=torch.bfloat16`` the same products read a bfloat16 copy of the weig
 once however many products share it; they accumulate in float32 and round their result to bfloat16:
 
     addmm(b, x, W)                       ->  float32(linear(bfloat16(x), P)) + b
+
+On CUDA, which multiplies both layouts as they are, P = bfloat16(W) [K, C] and ``mm`` stands for ``linear``; float32 weights
+are not copied there.
 
 All else stays float32: the residual stream, norms, attention, losses, per-sample sums, the clip and the sums behind it. A
 row's norm is that of the very row that is summed, so the sensitivity is R as before; only the gradient is a rounded one.
@@ -42,16 +45,22 @@ class Pack:
     module: fx.GraphModule
     bytes: int
     dtype: torch.dtype = torch.float32
+    layout: str = "onednn"
+
+
+def layout(device: torch.device, dtype: torch.dtype) -> str:
+    """How products with weights of this kind read them fastest: ``onednn``, ``plain`` (rounded only), or empty: as they are."""
+    if device.type == "cpu":
+        return "onednn" if can_pack() else ""
+    return "plain" if dtype is not torch.float32 else ""
 
 
 def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple[JointGraph, tuple[Pack, ...]]:
     """The graph with packed inputs (not yet in ``state``: see :func:`pack`), and the recipes of the packs.
 
-    Nothing is packed where torch has no oneDNN, where the weights are not float32 on the CPU, or where the CPU lacks
-    AVX-512, without which packed products were measured to be no faster.
+    Nothing is packed where the weights are not float32, and on a CPU where torch has no oneDNN or the CPU lacks AVX-512,
+    without which packed products were measured to be no faster.
     """
-    if not can_pack():
-        return joint, ()
     graph, mapping = copy_graph(joint.module)
     names = {i.name: i for i in joint.inputs}
     frozen: dict[fx.Node, set[fx.Node]] = {}  # nodes computed from frozen inputs alone, and those inputs
@@ -71,7 +80,8 @@ def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple
             continue
         *rest, x, weight = node.args
         added = rest[0] if rest else None
-        if weight not in frozen or x in frozen or not _worth(joint, frozen[weight], node):
+        kind = "" if weight not in frozen or x in frozen else _kind(joint, frozen[weight], node, dtype)
+        if not kind:
             continue
         shape = None if added is None else added.meta.get("shape")
         if added is not None and shape not in (node.meta["shape"], node.meta["shape"][-1:]):
@@ -83,14 +93,17 @@ def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple
             with graph.inserting_after(after):
                 made[weight] = after = graph.placeholder(f"packed_{len(packs)}")
             size = math.prod(node.meta["shape"][-1:]) * math.prod(x.meta["shape"][-1:]) * dtype.itemsize
-            packs.append(Pack(target, sources, recipe, size, dtype))
+            packs.append(Pack(target, sources, recipe, size, dtype, kind))
             inputs.append(Input(made[weight].name, Role.FROZEN, target))
         with graph.inserting_before(node):
             if dtype is not torch.float32:
                 if x not in rounded:
                     rounded[x] = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
                     rounded[x].meta.update(x.meta)
-                product = graph.call_function(LINEAR, (rounded[x], made[weight], None, "none", [], ""))
+                if kind == "onednn":
+                    product = graph.call_function(LINEAR, (rounded[x], made[weight], None, "none", [], ""))
+                else:
+                    product = graph.call_function(aten.mm.default, (rounded[x], made[weight]))
                 new = graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float32})
                 product.meta.update(node.meta)
                 if added is not None:
@@ -113,13 +126,19 @@ def pack(item: Pack, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The packed weight from the frozen tensors as they are now."""
     with torch.no_grad():
         (weight,) = item.module(*(state[name].detach() for name in item.sources))
+        if item.layout == "plain":
+            copy: torch.Tensor = weight.to(item.dtype, memory_format=torch.contiguous_format)
+            return copy
         return pack_linear_weight(weight.t().contiguous().to(item.dtype))
 
 
-def _worth(joint: JointGraph, sources: set[fx.Node], node: fx.Node) -> bool:
+def _kind(joint: JointGraph, sources: set[fx.Node], node: fx.Node, dtype: torch.dtype) -> str:
+    """The layout for a product's weight, which is computed from these inputs; empty where it stays as it is."""
     tensors = [joint.state[i.target] for i in joint.inputs if i.name in {s.name for s in sources}]
-    suits = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return suits and "shape" in node.meta and sum(t.numel() for t in tensors) >= SMALLEST
+    suits = all(t.dtype == torch.float32 for t in tensors) and len({t.device for t in tensors}) == 1
+    if not suits or "shape" not in node.meta or sum(t.numel() for t in tensors) < SMALLEST:
+        return ""
+    return layout(tensors[0].device, dtype)
 
 
 def _recipe(weight: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import cuda_reference
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -47,3 +48,10 @@ def bfloat16_products(packed_products: None, monkeypatch: pytest.MonkeyPatch) ->
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 here")
     monkeypatch.setattr(lowering, "has_bfloat16_products", lambda: True)
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """CUDA's fused attention operators have CPU kernels while a test runs."""
+    with cuda_reference.registered():
+        yield

@@ -103,7 +103,34 @@ def selections() -> Iterator[Call]:
             yield aten.rsub.Scalar, [x, other, alpha], {}
 
 
+def adaptive_pools() -> Iterator[Call]:
+    for x in (torch.randn(N, 2, 7, 6), ties(N, 2, 7, 6)):
+        for size in ([3, 4], [7, 6], [1, 1], [9, 2]):
+            yield aten.adaptive_max_pool2d.default, [x, size], {}
+    yield aten.adaptive_max_pool3d.default, [ties(N, 2, 5, 6, 4), [2, 4, 3]], {}
+    yield aten.adaptive_max_pool2d.default, [torch.full((N, 1, 4, 4), -torch.inf), [3, 3]], {}
+
+
+def products() -> Iterator[Call]:
+    for count in (1, 2, 7, 8):
+        x = torch.randn(N, count, 3)
+        yield aten.prod.dim_int, [x, 1], {}
+        yield aten.prod.dim_int, [ties(N, count, 3), -2, True], {}
+        yield aten.cumprod.default, [x, 1], {}
+        yield aten.cumprod.default, [ties(N, count, 3), -2], {}
+    yield aten.prod.dim_int, [torch.randint(-2, 3, (N, 5)), 1], {}
+    yield aten.cumprod.default, [torch.randint(0, 2, (N, 5), dtype=torch.int32), 1], {}
+    yield aten.hypot.default, [ties(N, 5), ties(N, 5)], {}
+    extremes = torch.tensor([[3e30, 1e-30, 0.0, torch.inf, -torch.inf]] * N)
+    yield aten.hypot.default, [extremes, torch.full((N, 1), 2e30)], {}
+    yield aten.hypot.default, [extremes, extremes], {}
+
+
 def memory() -> Iterator[Call]:
+    for offset in (-2, 0, 1):
+        for x, dims in ((torch.randn(N, 4, 5), (1, 2)), (torch.randn(N, 5, 3, 4), (3, -3))):
+            source = torch.randn_like(torch.diagonal(x, offset, *dims))
+            yield aten.diagonal_scatter.default, [x, source, offset, *dims], {}
     plain, turned = torch.randn(N, 3, 8), torch.randn(N, 2, 4).transpose(1, 2)
     yield aten.as_strided.default, [plain, [N, 1, 4, 3], [24, 24, 5, 2], 2], {}
     yield aten.as_strided.default, [turned, [N, 4], [8, 2]], {}
@@ -132,7 +159,9 @@ def grids() -> Iterator[Call]:
 
 GROUPS: dict[str, Callable[[], Iterator[Call]]] = {
     "pools": pools,
+    "adaptive pools": adaptive_pools,
     "selections": selections,
+    "products": products,
     "memory": memory,
     "distances": distances,
     "grids": grids,
@@ -197,7 +226,7 @@ class Several(torch.nn.Module):
         return tuple(found)
 
 
-@pytest.mark.parametrize("group", ["pools", "selections", "memory", "grids", "distances"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_in_one_exported_file_they_equal_torchs_kernels_at_another_batch_size(group: str, tmp_path: Path) -> None:
     real = [c for c in calls(group) if c[0] is not aten.where.self]  # a complex number is no output of ONNX
     chosen = real[:: {"grids": 5, "distances": 4}.get(group, 1)]

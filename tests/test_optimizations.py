@@ -1,6 +1,6 @@
 """Every optimization can be switched off by its name, alone or with the others, and changes no number and no proof.
 
-``bf16_attention`` and ``bf16_kept``, which round, have their own files.
+``bf16_attention`` and ``bf16_kept``, which round, have their own files; for ``cuda_graphs`` see ``test_cuda_lowering``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpbitfit_fx.passes import packing
 from dpbitfit_fx.passes.joint_graph import Fact
 from dpbitfit_fx.passes.torch_private import LINEAR
 
-OPTIMIZATIONS = tuple(name for name in lowering.OPTIMIZATIONS if not name.startswith("bf16"))
+OPTIMIZATIONS = tuple(name for name in lowering.OPTIMIZATIONS if not name.startswith(("bf16", "cuda")))
 
 
 class Net(nn.Module):
