@@ -25,6 +25,9 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
+# A CUDA build of torch that finds no GPU believes in one behind its first fake tensor, and starts threads for it at its first
+# backward; no process forked later could run another. So the first is here.
+torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(autouse=True)
