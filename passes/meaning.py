@@ -221,51 +221,43 @@ def _compare_given(
                     f"loss_fn failed on a batch of {size} samples{length_of(source, batch)} ({type(error).__name__}: "
                     f"{str(error)[:300]}). It must work for every batch size, since private batches vary in size{also}."
                 ) from error
-            captured, gradients = run_joint(joint, batch, given)
-            if loss.shape == (size,):
-                weights, kinds = (
-                    torch.linspace(0.5, 1.5, size, dtype=captured.dtype, device=captured.device),
-                    {"per sample"},
-                )
-                objective = (loss * weights.to(loss)).sum()
-                same = close(loss.detach(), captured, coarse)
-            elif loss.dim() == 0:
-                mean, total = (close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
-                kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
-                same = bool(kinds)
-                scale = 1.0 / size if "mean" in kinds else 1.0
-                weights, objective = torch.full((size,), scale, dtype=captured.dtype, device=captured.device), loss
-            else:
-                raise CompileRefused(
-                    f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
-                    "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. "
-                    "loss.mean(dim=1)."
-                )
-            if not same:
-                scalar = (
-                    ""
-                    if loss.dim()
-                    else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
-                )
-                raise CompileRefused(
-                    mixing_refusal(source, batch, f"{scalar} losses differ from those of each sample alone".strip())
-                )
-            if not chosen:
-                return kinds
-            if not objective.requires_grad:
-                raise CompileRefused(
-                    "The loss has no gradient with respect to any trainable: loss_fn or the model detaches it, or runs under "
-                    "torch.no_grad(). Nothing would be trained."
-                )
-            try:
-                theirs = torch.autograd.grad(objective, chosen, allow_unused=True)
-            except RuntimeError as error:
-                raise CompileRefused(
-                    f"The model's own backward fails ({str(error)[:400]}), so the captured one has nothing to agree with."
-                ) from error
+            weights = torch.linspace(0.5, 1.5, size, dtype=loss.dtype, device=loss.device)
+            objective = (loss * weights).sum() if loss.shape == (size,) else loss
+            # What it keeps for its backward is gone before the captured step runs: at 17 rows both are large.
+            theirs = _user_gradients(objective, chosen) if loss.dim() == 0 or loss.shape == (size,) else ()
     finally:
         for p, flag in zip(chosen, flags, strict=True):
             p.requires_grad_(flag)
+    captured, gradients = run_joint(joint, batch, given)
+    if loss.shape == (size,):
+        kinds, same = {"per sample"}, close(loss.detach(), captured, coarse)
+    elif loss.dim() == 0:
+        mean, total = (close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
+        kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
+        same = bool(kinds)
+        weights = torch.full((size,), 1.0 / size if "mean" in kinds else 1.0, dtype=loss.dtype, device=loss.device)
+    else:
+        raise CompileRefused(
+            f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
+            "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. "
+            "loss.mean(dim=1)."
+        )
+    if not same:
+        scalar = "" if loss.dim() else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
+        raise CompileRefused(
+            mixing_refusal(source, batch, f"{scalar} losses differ from those of each sample alone".strip())
+        )
+    if not chosen:
+        return kinds
+    if theirs is None:
+        raise CompileRefused(
+            "The loss has no gradient with respect to any trainable: loss_fn or the model detaches it, or runs under "
+            "torch.no_grad(). Nothing would be trained."
+        )
+    if isinstance(theirs, RuntimeError):
+        raise CompileRefused(
+            f"The model's own backward fails ({str(theirs)[:400]}), so the captured one has nothing to agree with."
+        ) from theirs
     gradients = [gradients[i] for i in taken]
     ours = [torch.einsum("b,b...->...", weights.to(g), g) for g in gradients]
     others = [torch.zeros_like(p) if g is None else g for g, p in zip(theirs, chosen, strict=True)]
@@ -287,6 +279,18 @@ def _compare_given(
                 )
             raise CompileRefused(mixing_refusal(source, batch, what))
     return kinds | ({SILENT} if whole == 0.0 else set())
+
+
+def _user_gradients(
+    objective: torch.Tensor, chosen: list[torch.nn.Parameter]
+) -> Sequence[torch.Tensor | None] | RuntimeError | None:
+    """Of the user's own backward; None where the objective has none, and the error where it fails: losses are judged first."""
+    if not chosen or not objective.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(objective, chosen, allow_unused=True)
+    except RuntimeError as error:
+        return error
 
 
 def _own_backward(loss: torch.Tensor) -> str:

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.passes.capture import capture
+from dpbitfit_fx.passes.joint_graph import Source
+from dpbitfit_fx.passes.meaning import check_meaning, run_joint
 from dpbitfit_fx.passes.probes import alike, monotonous, recombined, twinned, varied
 
 
@@ -258,3 +262,17 @@ def test_two_rows_are_made_of_one_id_each_and_masks_stay() -> None:
     assert [x.tolist() for x, _, _ in made] == [[[i] * 5, [i + 5] * 5] for i in (0, 2, 4)]
     assert all(x.tolist() == mask[:2].tolist() for _, x, _ in made)
     assert monotonous([torch.rand(4, 5), torch.arange(4)]) == []
+
+
+def test_the_check_holds_the_model_or_the_captured_step_in_memory_not_both_at_once() -> None:
+    """Seventeen rows of a long text are the most that compiling asks of a machine."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(12)), nn.Linear(64, 3))
+    joint = capture(Source(model, lambda m, b: losses(lambda x: m(x).mean(1), b), (torch.randn(3, 64, 64), torch.arange(3))))
+    batch = [torch.randn(17, 64, 64), torch.arange(17) % 3]
+    biases = [p for n, p in model.named_parameters() if "bias" in n]
+
+    def theirs() -> None:
+        torch.autograd.grad(losses(lambda x: model(x).mean(1), batch).sum(), biases)
+
+    apart = peak_bytes(theirs), peak_bytes(lambda: run_joint(joint, batch))
+    assert peak_bytes(lambda: check_meaning(joint)) <= 1.2 * max(apart) < 0.8 * sum(apart)
