@@ -23,7 +23,7 @@ from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
 from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
 from .passes.sharded_weights import Shard, shard_weights
-from .passes.torch_private import has_bfloat16_products, of_any_size, own
+from .passes.torch_private import at_one_place, has_bfloat16_products, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
 CPU = torch.device("cpu")
@@ -167,6 +167,8 @@ class _Runner:
             batch = [of_any_size(own(x), *dims) for x, dims in zip(batch, self._open, strict=True)]
             more = tuple(of_any_size(own(x), *dims) for x, dims in zip(more, ((0,), ()), strict=False))
         values = self._inputs.values(batch, packs)
+        if self._graphs:
+            at_one_place(*values[: -len(batch)])
         # Autocast would round the weighted sum to bfloat16 behind a norm that is not rounded: more than R per record.
         with (
             torch.no_grad(),

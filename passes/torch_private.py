@@ -87,6 +87,12 @@ def of_any_size(x: torch.Tensor, *dims: int) -> torch.Tensor:
     return x
 
 
+def at_one_place(*tensors: torch.Tensor) -> None:
+    """They stay where they are from call to call: a CUDA graph reads them there, not from a copy of its own."""
+    for x in tensors:
+        torch._dynamo.mark_static_address(x)
+
+
 def may_alias_or_write(target: Any) -> bool:
     """Whether an operator writes an input, or is composed of others and may return a view of one."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")

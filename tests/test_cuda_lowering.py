@@ -113,11 +113,16 @@ class Replays:
 
     def __init__(self) -> None:
         self.options: list[Any] = []
+        self.given: tuple[Tensor, ...] = ()
+        self.place = torch.zeros(())
 
     def __call__(self, module: Any, options: Any = None) -> Any:
         self.options.append(options)
-        place = torch.zeros(())
-        return lambda *_: (place.add_(1.0),)
+        return self.replay
+
+    def replay(self, *given: Tensor) -> tuple[Tensor]:
+        self.given = given
+        return (self.place.add_(1.0),)
 
 
 @pytest.mark.parametrize("off", [(), ("cuda_graphs",)])
@@ -132,6 +137,10 @@ def test_on_cuda_inductor_replays_graphs_whose_results_the_next_replay_does_not_
     leaves = list(records(3).values())
     first, second = (runner(leaves, torch.ones(3), torch.zeros(step.num_trainable))[0] for _ in range(2))
     assert [float(first), float(second)] == ([2.0, 2.0] if off else [1.0, 2.0])
+    weights = {p.data_ptr() for p in step.model.parameters()}
+    fixed = {x.data_ptr() for x in replays.given if hasattr(x, "_dynamo_static_input_type")}
+    assert fixed == (set() if off else weights)  # read where they are; the batch moves
+    assert not any(hasattr(p, "_dynamo_static_input_type") for p in step.model.parameters())
 
 
 def test_on_the_cpu_there_are_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
