@@ -124,6 +124,9 @@ def products() -> Iterator[Call]:
     extremes = torch.tensor([[3e30, 1e-30, 0.0, torch.inf, -torch.inf]] * N)
     yield aten.hypot.default, [extremes, torch.full((N, 1), 2e30)], {}
     yield aten.hypot.default, [extremes, extremes], {}
+    wide = torch.cat([torch.tensor([0.0, 1e-6, -1e-3]), torch.linspace(-88, 88, 200)])
+    yield aten.i0.default, [wide.expand(N, -1).contiguous()], {}
+    yield aten.special_i1.default, [wide.expand(N, -1).contiguous()], {}
 
 
 def memory() -> Iterator[Call]:
