@@ -384,6 +384,30 @@ def test_what_stops_a_sharded_rank_stops_all_by_name_and_the_run_goes_on_bit_for
     assert all(torch.equal(ended.value[0], whole) and ended.value[1] == 0 for ended in again)
 
 
+@pytest.mark.parametrize(
+    ("bad", "on", "count"),
+    [(quoting, {0, 1}, 2), (interrupted, {0, 1, 2}, 3), (die, {1, 2}, 3), (beyond_the_classes, {0, 1}, 2)],
+)
+def test_several_that_stop_at_once_hold_up_nobody_and_the_run_goes_on_bit_for_bit(
+    bad: Callable[[], Any], on: set[int], count: int, tmp_path: Path
+) -> None:
+    """In the same gather, or one in a gather that the other does not reach."""
+
+    def work(rank: int) -> Tensor:
+        dataset = Failing(bad, good=30) if rank in on else points()
+        return values(run(tmp_path, dataset=dataset, checkpoint_every=2, shard_frozen=True).model)
+
+    started = time.monotonic()
+    ranks = together(count, work)
+    assert time.monotonic() - started < 30
+    for rank, ended in enumerate(ranks):
+        assert ended.exitcode == -signal.SIGKILL if bad is die and rank in on else ended.error is not None
+        assert ended.error is None or ("the record itself" not in ended.error[1] and "Target" not in ended.error[1])
+    whole = of_rank_0(count, lambda: values(run(None, shard_frozen=True).model))
+    again = together(count, lambda rank: values(run(tmp_path, shard_frozen=True).model))
+    assert all(torch.equal(ended.value, whole) for ended in again)
+
+
 def test_a_record_on_which_the_model_fails_stops_all_without_being_quoted_or_run_again(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         return run(tmp_path, dataset=Failing(beyond_the_classes, good=30) if rank else points(), shard_frozen=True)
