@@ -441,8 +441,9 @@ def compile(  # the name users of torch.compile expect
     same sensitivity, gradients rounded to about three digits.
     ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
     weights not counted. Below 1, values are computed again instead of kept, the cheapest first, until it is met; 0 asks for
-    the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. For the eager backend alone:
-    Inductor refuses it, and exports run the graph without it.
+    the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. Inductor orders values by itself: with
+    ``precision="bf16"`` any budget below 1 computes the weights of attention again and no more, otherwise it is refused. Exports
+    run the graph without it.
     ``dynamic_shapes`` says, as for ``torch.export``, which dimensions have the padded length, a **public** number:
     ``{"input_ids": {1: T}, "attention_mask": {1: T}}`` with ``T = torch.export.Dim("T", min=8, max=128)``. One graph then
     serves every length from min to max; by default the length is that of ``example_batch``.

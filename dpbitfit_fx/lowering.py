@@ -21,7 +21,7 @@ from .passes.joint_graph import JointGraph, Role
 from .passes.opaque import holding
 from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
-from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
+from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, ROUNDING_AGAIN, run
 from .passes.sharded_weights import Shard, shard_weights
 from .passes.torch_private import at_one_place, has_bfloat16_products, of_any_size, own
 
@@ -47,10 +47,11 @@ def check_lowering(
             f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
             "value is computed twice)."
         )
-    if memory_budget < 1.0 and backend != "eager":
+    if memory_budget < 1.0 and backend != "eager" and precision != "bf16":
         raise CompileRefused(
             "memory_budget below 1 chooses by the order in which backend='eager' runs the nodes; Inductor fuses and orders them "
-            "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager'."
+            "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager', or precision='bf16', where "
+            "Inductor computes the weights of attention again."
         )
     if backend == "inductor" and not any(
         shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c
@@ -60,6 +61,11 @@ def check_lowering(
             "environment variable CXX, or use backend='eager'."
         )
     names = [disable] if isinstance(disable, str) else disable
+    if memory_budget < 1.0 and backend != "eager" and "bf16_attention" in names:
+        raise CompileRefused(
+            "memory_budget below 1 with backend='inductor' computes the weights of attention in bfloat16 again, and "
+            "'bf16_attention' is disabled. Leave it on, or memory_budget at 1."
+        )
     for name in names:
         if name not in OPTIMIZATIONS:
             raise CompileRefused(
@@ -220,7 +226,10 @@ class Lowered:
         self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
     ) -> None:
         check_lowering(backend, disable, precision, device=partial.device)
-        rounding = ROUNDING if precision == "bf16" else ()
+        budget = 1.0 if partial.source is None else partial.source.memory_budget
+        again = backend == "inductor" and budget < 1.0 and "recompute" not in disable
+        rounding = () if precision != "bf16" else ROUNDING_AGAIN if again else ROUNDING
+        disable = (*disable, "recompute") if again else disable
         # In eager mode both copies would be there at once: rounding is for what fuses it.
         keep_less = backend == "inductor" and precision == "bf16" and "bf16_kept" not in disable
         self._options = backend, "packed_weights" not in disable, keep_less, precision, "cuda_graphs" not in disable

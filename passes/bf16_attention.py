@@ -15,6 +15,9 @@ in float32. What attention reads and gives is float32 as before, and so is every
 Where each is fastest was measured on Zen 4 (AVX512_BF16): products take 0.5 of the fused kernel's time at T = 128, and as
 much at T = 6 d, from where their scores no longer fit the caches.
 
+``again=True`` keeps no P: the backward pass works it out once more from Q and K, one product more of six. For Inductor, which
+would otherwise see that both are one, or work it out early; ``held_until`` keeps them apart.
+
 On CUDA the kernel that takes float32 (memory-efficient) stays at every length and reads bfloat16.
 """
 
@@ -30,6 +33,7 @@ import torch
 from torch import fx
 
 from .joint_graph import DynamicLength, Extent, JointGraph, copy_graph, finish
+from .opaque import HELD_UNTIL
 from .torch_private import argument_names, arguments
 from .views import VIEWS
 
@@ -42,14 +46,15 @@ MASKS = ("attn_mask", "attn_bias")  # what an operator calls it
 SPREAD = {*VIEWS, aten.expand.default, aten.slice.Tensor, aten.constant_pad_nd.default}  # how a mask is laid out for a kernel
 SHORT = 6  # times d: up to here products
 LONG = 512  # from here on the fused kernel in bfloat16
+HOW = {"products": "as products", "fused": "by the fused kernel"}
 LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no infinity
 
 
-def round_attention(joint: JointGraph) -> JointGraph:
+def round_attention(joint: JointGraph, again: bool = False) -> JointGraph:
     """The same attention in bfloat16; the report says how many of which kind."""
     graph, _ = copy_graph(joint.module)
     lengths = None if joint.source is None else joint.source.length
-    writer = _Writer(graph)
+    writer = _Writer(graph, again)
     done = {"products": 0, "fused": 0}
     made: dict[fx.Node, _Made] = {}
     for node in list(graph.nodes):
@@ -66,7 +71,7 @@ def round_attention(joint: JointGraph) -> JointGraph:
     for node, forward in made.items():
         writer.replace(node, forward.results)
     notes = tuple(
-        f"attention in bfloat16: {n} {'as products' if kind == 'products' else 'by the fused kernel'}"
+        f"attention in bfloat16: {n} {HOW[kind]}{', weights computed again' if again and kind == 'products' else ''}"
         for kind, n in done.items()
         if n
     )
@@ -113,8 +118,8 @@ class _Made(NamedTuple):
 
 
 class _Writer:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, again: bool) -> None:
+        self.graph, self.again = graph, again
         self.masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -150,19 +155,22 @@ class _Writer:
         def apart(x: fx.Node, length: Any, width: Any) -> fx.Node:
             return self.call(aten.reshape.default, x, [-1, heads, length, width])
 
-        dead: fx.Node | None = None
+        def weights(q: fx.Node) -> fx.Node:
+            scores = self.call(aten.bmm.default, q, turned(k))
+            if order is not None:
+                scores = self.call(aten.add.Tensor, scores, order)
+            if finite is not None:
+                scores = self.call(aten.add.Tensor, apart(scores, t, s), finite)
+                scores = self.call(aten.reshape.default, scores, [-1, t, s])
+            return self.call(aten._softmax.default, scores, -1, False)
+
         with self.graph.inserting_before(node):
             t, s = self.length(query), self.length(key)
             q = rows(self.round(self.call(aten.mul.Scalar, query, scale)), t)
             k, v = rows(self.round(key), s), rows(self.round(value), s)
-            scores = self.call(aten.bmm.default, q, turned(k))
-            if given["is_causal"]:
-                scores = self.call(aten.add.Tensor, scores, self.causal(t, s))
-            if mask is not None:
-                finite, dead = self.mask(mask)
-                scores = self.call(aten.add.Tensor, apart(scores, t, s), finite)
-                scores = self.call(aten.reshape.default, scores, [-1, t, s])
-            p = self.call(aten._softmax.default, scores, -1, False)
+            finite, dead = (None, None) if mask is None else self.mask(mask)
+            order = self.causal(t, s) if given["is_causal"] else None
+            p = weights(q)
             out = apart(self.widen(self.call(aten.bmm.default, p, v)), t, d)
             if dead is not None:
                 out = self.call(aten.masked_fill.Scalar, out, dead, 0.0)
@@ -173,11 +181,12 @@ class _Writer:
                 if dead is not None:
                     go = self.call(aten.masked_fill.Scalar, go, dead, 0.0)
                 g = rows(self.round(go), t)
+                kept = weights(self.call(HELD_UNTIL, q, g)) if self.again else p
                 dp = self.call(aten.bmm.default, g, turned(v))
-                ds = self.call(aten._softmax_backward_data.default, dp, p, -1, torch.bfloat16)
+                ds = self.call(aten._softmax_backward_data.default, dp, kept, -1, torch.bfloat16)
                 dq = self.call(aten.mul.Scalar, self.widen(self.call(aten.bmm.default, ds, k)), scale)
                 dk = self.widen(self.call(aten.bmm.default, turned(ds), q))
-                dv = self.widen(self.call(aten.bmm.default, turned(p), g))
+                dv = self.widen(self.call(aten.bmm.default, turned(kept), g))
                 self.replace(reader, [apart(dq, t, d), apart(dk, s, d), apart(dv, s, d)])
 
         return _Made([out], backward)

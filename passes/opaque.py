@@ -3,6 +3,7 @@
     packed_linear(x [N, K], b [C] or None, i, C)  ->  [N, C]      the i-th of the packed weights that the caller holds
     whole_weight(s [m, ..], N)                    ->  [N m, ..]   the shards of N processes, as the caller gathers them
     held(x)                                       ->  x, copied: no fusion reaches through it
+    held_until(x, y)                              ->  x, copied, not before y is there
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LIBRARY: Any = torch.library.Library("dpbitfit_fx", "DEF")  # type: ignore[no-un
 LIBRARY.define("packed_linear(Tensor x, Tensor? bias, int place, int width) -> Tensor")
 LIBRARY.define("whole_weight(Tensor shard, int ranks) -> Tensor")
 LIBRARY.define("held(Tensor x) -> Tensor")
+LIBRARY.define("held_until(Tensor x, Tensor later) -> Tensor")
 
 
 def _packed_linear(x: Tensor, bias: Tensor | None, place: int, width: int) -> Tensor:
@@ -56,15 +58,22 @@ def _held(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _held_until(x: Tensor, later: Tensor) -> Tensor:
+    return _held(x)
+
+
 LIBRARY.impl("packed_linear", _packed_linear, "CPU")
 LIBRARY.impl("whole_weight", _whole, "CompositeExplicitAutograd")
 LIBRARY.impl("held", _held, "CompositeExplicitAutograd")
+LIBRARY.impl("held_until", _held_until, "CompositeExplicitAutograd")
 torch.library.register_fake("dpbitfit_fx::packed_linear", _packed_linear_fake, lib=LIBRARY)
 torch.library.register_fake("dpbitfit_fx::whole_weight", _whole_fake, lib=LIBRARY)
 torch.library.register_fake("dpbitfit_fx::held", _held, lib=LIBRARY)
+torch.library.register_fake("dpbitfit_fx::held_until", _held_until, lib=LIBRARY)
 PACKED_LINEAR: Any = torch.ops.dpbitfit_fx.packed_linear.default
 WHOLE: Any = torch.ops.dpbitfit_fx.whole_weight.default
 HELD: Any = torch.ops.dpbitfit_fx.held.default
+HELD_UNTIL: Any = torch.ops.dpbitfit_fx.held_until.default
 
 
 def holding(packs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:

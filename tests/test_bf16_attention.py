@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fit_cases import mlp, mlp_loss
+from memory import peak_bytes
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
@@ -15,7 +17,8 @@ from dpbitfit_fx import lowering
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.lowering import Lowered
 from dpbitfit_fx.passes import bf16_attention, facts
-from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD
+from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD, round_attention
+from dpbitfit_fx.passes.opaque import HELD_UNTIL
 
 aten = torch.ops.aten
 HEADS, WIDTH = 2, 64
@@ -144,6 +147,57 @@ def test_in_between_it_stays_as_it_was() -> None:
     forward, _ = attention(step)
     assert not any(x.kwargs.get("dtype") is torch.bfloat16 for x in forward.args[:3])
     assert not any("attention" in line for line in step.report().optimized)
+
+
+def stack(length: int, **options: Any) -> dpb.PrivateStep:
+    """Four layers, whose weights of attention are most of what they keep."""
+    torch.manual_seed(0)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(Attend("padded") for _ in range(4)), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor, real: Tensor) -> Any:
+            for layer in self.layers:
+                q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+                x = x + layer.out(
+                    F.scaled_dot_product_attention(q, k, v, real[:, None, None, :].bool()).transpose(1, 2).flatten(2)
+                )
+            return self.head(x.mean(1))
+
+    return compiled(Layers(), length, trainable=["layers.*.q.bias", "layers.*.out.bias", "head.*"], **options)
+
+
+def test_its_weights_computed_again_are_the_same_bits() -> None:
+    model, batch = attend("left"), records(4)
+    kept = compiled(model)
+    runner = lowering._Runner(round_attention(kept.partial, again=True), "eager", True, False, "bf16")
+    assert [n.target for n in runner.joint.module.graph.nodes].count(HELD_UNTIL) == 1
+    facts.partial(runner.joint)
+    for mask in torch.eye(4):
+        (found,) = runner(list(batch.values()), mask, kept.zero_accumulator())
+        assert torch.equal(found, kept.accumulate(batch, mask, kept.zero_accumulator()))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_within_a_budget_inductor_keeps_none_of_them() -> None:
+    length, size = 128, 8
+    kept, less = (stack(length, backend="inductor", memory_budget=budget) for budget in (1.0, 0.5))
+    assert "attention in bfloat16: 4 as products, weights computed again" in less.report().optimized
+    batch, mask = records(size, length), torch.ones(size)
+    sums, peaks = [], []
+    for step in (kept, less):
+        sums.append(step.accumulate(batch, mask, step.zero_accumulator()))
+        peaks.append(peak_bytes(lambda step=step: step.accumulate(batch, mask, step.zero_accumulator())))
+    assert torch.cosine_similarity(*sums, dim=0) >= 0.9999
+    weights = 2 * size * HEADS * length * length  # of one layer
+    assert peaks[1] <= peaks[0] - 2 * weights, (peaks, weights)
+
+
+def test_a_budget_of_inductor_needs_what_it_computes_again() -> None:
+    with pytest.raises(dpb.CompileRefused, match="'bf16_attention' is disabled"):
+        compiled(attend(), backend="inductor", memory_budget=0.5, disable=["bf16_attention"])
 
 
 def test_disabled_by_its_name_it_stays_as_it_was() -> None:
