@@ -17,6 +17,7 @@ from .lowering import CPU, Lowered, check_lowering
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
+from .passes.errors import too_little_memory
 from .passes.joint_graph import AddedBias, DynamicLength, JointGraph, Noise, Source
 from .passes.lengths import resized
 from .passes.meaning import check_meaning
@@ -575,7 +576,7 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor], run: Callable[..
                 try:
                     results.append(run(batch, mask, step.zero_accumulator()))
                 except RuntimeError as error:
-                    raise CompileRefused(
+                    raise too_little_memory(error, size) or CompileRefused(
                         f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
                         "record would stop a run and show itself. Replace the operator that raises."
                     ) from error

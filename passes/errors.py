@@ -17,3 +17,14 @@ class SealBroken(DPBitFitError):
 
 class PassError(DPBitFitError):
     """A pass broke a fact that was proved before it ran: a bug in the pass, named with what ran before."""
+
+
+def too_little_memory(error: BaseException, rows: int) -> CompileRefused | None:
+    """The refusal, where an error of torch is that of its allocator."""
+    if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+        return None
+    return CompileRefused(
+        f"There is not enough memory for {rows} rows. Compiling runs the model, and the step, on up to 17 made-up rows of "
+        "example_batch's shape, however few a physical batch has. Free memory, take a machine with more, or pad to a shorter "
+        "length."
+    )

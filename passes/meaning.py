@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from .bias_slots import applied, moved
-from .errors import CompileRefused
+from .errors import CompileRefused, too_little_memory
 from .joint_graph import JointGraph
 from .lengths import ADVICE, resized
 from .mixing import ROUNDING, TOLERANCE, close, mixing_refusal, takes, user_loss
@@ -168,7 +168,7 @@ def run_joint(
             loss, *gradients = joint.module(*joint.values([*batch, *given]))
         except (RuntimeError, IndexError) as error:
             also = "" if joint.length is None else " and of this length"
-            raise CompileRefused(
+            raise too_little_memory(error, batch[0].shape[0]) or CompileRefused(
                 f"The captured graph does not run for a batch of {batch[0].shape[0]} samples{also} ({str(error)[:300]}): a "
                 f"size in it depends on the batch in a way that is not understood.{first_failing(joint, [*batch, *given])}"
             ) from error
@@ -217,7 +217,7 @@ def _compare_given(
                 raise
             except Exception as error:
                 also = "" if source.length is None else ", and for every length that dynamic_shapes declares"
-                raise CompileRefused(
+                raise too_little_memory(error, size) or CompileRefused(
                     f"loss_fn failed on a batch of {size} samples{length_of(source, batch)} ({type(error).__name__}: "
                     f"{str(error)[:300]}). It must work for every batch size, since private batches vary in size{also}."
                 ) from error
@@ -255,7 +255,7 @@ def _compare_given(
             "torch.no_grad(). Nothing would be trained."
         )
     if isinstance(theirs, RuntimeError):
-        raise CompileRefused(
+        raise too_little_memory(theirs, size) or CompileRefused(
             f"The model's own backward fails ({str(theirs)[:400]}), so the captured one has nothing to agree with."
         ) from theirs
     gradients = [gradients[i] for i in taken]

@@ -12,6 +12,7 @@ from small_models import Sandwich, losses, points, refusal
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
+from dpbitfit_fx.compile import check_rows
 from dpbitfit_fx.passes.capture import capture
 from dpbitfit_fx.passes.joint_graph import Source
 from dpbitfit_fx.passes.meaning import check_meaning, run_joint
@@ -276,3 +277,18 @@ def test_the_check_holds_the_model_or_the_captured_step_in_memory_not_both_at_on
 
     apart = peak_bytes(theirs), peak_bytes(lambda: run_joint(joint, batch))
     assert peak_bytes(lambda: check_meaning(joint)) <= 1.2 * max(apart) < 0.8 * sum(apart)
+
+
+class Greedy(nn.Module):
+    """Asks for a petabyte where a batch is wide."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.empty(1 << 48)[:1].fill_(0.0) if len(h) >= 17 else h
+
+
+def test_where_memory_ends_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not enough memory for 17 rows. Compiling runs the model" in refusal(Sandwich(Greedy()))
+    step = dpb.compile(Sandwich(), losses, points())
+    monkeypatch.setattr(type(step._lowered), "__call__", lambda *_: torch.empty(1 << 48))
+    with pytest.raises(dpb.CompileRefused, match="not enough memory for 3 rows"):
+        check_rows(step)
