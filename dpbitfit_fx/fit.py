@@ -335,6 +335,8 @@ def fit(
                 "insecure": insecure_seed_for_tests is not None,
                 **({"cache_frozen_prefix": True} if cache_frozen_prefix else {}),
                 **({"shard_frozen": True} if shard_frozen else {}),  # other bits than those of packed weights
+                # Inductor joins what it computes again with what reads it, and rounds less between.
+                **({"memory_budget": "below 1"} if memory_budget < 1.0 and backend != "eager" else {}),
             }
             asked = [target_epsilon, noise_multiplier, delta]
 

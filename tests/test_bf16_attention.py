@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fit_cases import mlp, mlp_loss
+from fit_cases import Crash, crash_at, mlp, mlp_loss, run
 from memory import peak_bytes
 from torch import Tensor, nn
 
@@ -200,6 +201,18 @@ def test_within_a_budget_inductor_keeps_none_of_them() -> None:
 def test_a_budget_of_inductor_needs_what_it_computes_again() -> None:
     with pytest.raises(dpb.CompileRefused, match="'bf16_attention' is disabled"):
         compiled(attend(), backend="inductor", memory_budget=0.5, disable=["bf16_attention"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize(("then", "charged"), [(0.5, 0), (0.4, 0), (1.0, 1)])
+def test_a_run_of_inductor_that_goes_on_without_its_budget_pays_for_the_step_it_lost(
+    then: float, charged: int, tmp_path: Path
+) -> None:
+    """It is the same up to rounding, and two roundings under one noise would show their difference."""
+    options: dict[str, Any] = {"backend": "inductor", "precision": "bf16", "max_steps": 6}
+    with pytest.raises(Crash):
+        run(tmp_path, **options, memory_budget=0.5, callbacks=[crash_at(4)])
+    assert run(tmp_path, **options, memory_budget=then).charged_steps == charged
 
 
 def test_disabled_by_its_name_it_stays_as_it_was() -> None:
