@@ -96,18 +96,30 @@ def _sum(graph: fx.Graph, node: fx.Node) -> bool:
     products = [u for u in cast.users if u.target in (LINEAR, aten.mm.default)]
     if not products or len(products) != len(cast.users):
         return False
+    # The cast goes before the views that lead to it, so that the sum finds it in the shape of the gradient.
+    with graph.inserting_before(cast):
+        rounded = _cast(graph, base, torch.bfloat16)
+        read = _viewed(graph, rounded, base, cast.args[0])
+    cast.replace_all_uses_with(read)
     order = {n: at for at, n in enumerate(graph.nodes)}
-    after = max(products, key=order.__getitem__)
+    after = max((*products, seen), key=order.__getitem__)
     with graph.inserting_before(after.next):
-        wide = _cast(graph, cast, torch.float32)
-        if seen is not base:
-            wide = graph.call_function(aten.reshape.default, (wide, seen.args[1]))
+        wide = _viewed(graph, _cast(graph, rounded, torch.float32), base, seen)
         new = graph.call_function(aten.sum.dim_IntList, (wide, *node.args[1:]), node.kwargs)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     _behind(new)
     return True
+
+
+def _viewed(graph: fx.Graph, x: fx.Node, base: fx.Node, view: Any) -> fx.Node:
+    """``x``, of the shape of ``base``, seen as ``view`` shows ``base``."""
+    if view is base:
+        return x
+    new = graph.call_function(aten.reshape.default, (_viewed(graph, x, base, view.args[0]), view.args[1]))
+    new.meta.update(view.meta)
+    return new
 
 
 def _behind(node: fx.Node) -> None:

@@ -112,6 +112,31 @@ def test_without_its_rounding_the_rewrite_changes_no_number(norm: Any, monkeypat
     assert (got - wanted).norm() <= 2e-4 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["DistilBert", "Electra", "GPT2"])
+def test_a_gradient_is_added_up_in_its_own_shape_whatever_shape_the_product_reads_it_in(name: str) -> None:
+    """In DistilBERT and Electra, whose head reads one token, sums read [B, T, n] where products read [B T, n]."""
+    transformers = pytest.importorskip("transformers")
+    common = {"vocab_size": 50, "num_labels": 2, "pad_token_id": 0}
+    own: dict[str, Any] = {
+        "DistilBert": {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2},
+        "Electra": {"embedding_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    }
+    config = getattr(transformers, f"{name}Config")(**common, **own[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        found = model(input_ids=batch[0], attention_mask=torch.ones_like(batch[0])).logits
+        return F.cross_entropy(found, batch[1], reduction="none")
+
+    batch = torch.randint(1, 50, (4, 8)), torch.arange(4) % 2
+    patterns = ["bias", "score.*" if name == "GPT2" else "classifier.*"]
+    ours, exact = (dpb.compile(model, losses, batch, trainable=patterns, precision=p) for p in ("bf16", "float32"))
+    assert any("gradients" in note for note in kept(ours)._lowered.runner.joint.optimized)
+    assert (F.cosine_similarity(rows(ours, batch), rows(exact, batch)) >= 0.999).all()
+
+
 def test_a_norm_whose_own_weight_is_trained_keeps_its_input() -> None:
     step = kept(compiled(trainable=["bias", "norms.1.weight"]))
     assert targets(step).count(NORM) == 1 and targets(step).count(HELD) == 1
