@@ -56,6 +56,7 @@ _STEP = (
     "backend",
     "precision",
     "memory_budget",
+    "disable",
     "public_tensors",
     "collate_fn",
     "padded_lengths",

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from .arguments import check_arguments
 from .dropout import draw_masks
 from .dynamic_shapes import dynamic_length
 from .errors import CompileRefused, SealBroken
-from .lowering import CPU, Lowered, check_lowering
+from .lowering import CPU, OPTIMIZATIONS, Lowered, check_lowering
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
@@ -452,8 +453,7 @@ def compile(  # the name users of torch.compile expect
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
     disable = (disable,) if isinstance(disable, str) else tuple(disable)
-    if not isinstance(model, torch.nn.Module):
-        raise CompileRefused(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
+    check_arguments(model, loss_fn, trainable, exclude, clipping)
     check_lowering(backend, disable, precision, memory_budget, next((p.device for p in model.parameters()), CPU))
     if (noise_multiplier is None) != (expected_batch_size is None):
         raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
@@ -576,10 +576,17 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor], run: Callable[..
                 try:
                     results.append(run(batch, mask, step.zero_accumulator()))
                 except RuntimeError as error:
-                    raise too_little_memory(error, size) or CompileRefused(
-                        f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
-                        "record would stop a run and show itself. Replace the operator that raises."
-                    ) from error
+                    if batch is leaves:
+                        why = (
+                            f"The step does not run as lowered for backend={step.backend!r}, precision={step.precision!r} "
+                            f"({str(error)[:300]}). Try another of them, or disable= one of {', '.join(OPTIMIZATIONS)}."
+                        )
+                    else:
+                        why = (
+                            f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
+                            "record would stop a run and show itself. Replace the operator that raises."
+                        )
+                    raise too_little_memory(error, size) or CompileRefused(why) from error
             if not all(torch.equal(results[0], r) for r in results[1:]):
                 raise SealBroken(
                     "After lowering, one sample's contribution changes with the other rows of its batch: the backend or "

@@ -28,14 +28,16 @@ from dpbitfit_fx.accounting import (
     resolve_prior,
     solve_noise_multiplier,
 )
+from dpbitfit_fx.arguments import check_arguments, names_in
 from dpbitfit_fx.averaging import check_average_from
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
 from dpbitfit_fx.biases import fingerprints, save_biases
 from dpbitfit_fx.checkpoint import CheckpointStore
 from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
-from dpbitfit_fx.errors import DataError, DPBitFitError, PrivacyError, PrivacyWarning
+from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.ledger import Ledger
+from dpbitfit_fx.lowering import CPU, check_lowering
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
@@ -103,6 +105,7 @@ def fit(
     precision: str = "float32",
     noise: str = "float",
     memory_budget: float = 1.0,
+    disable: str | Sequence[str] = (),
     cache_frozen_prefix: bool = False,
     shard_frozen: bool = False,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | type[torch.optim.Optimizer] | None = None,
@@ -150,7 +153,7 @@ def fit(
         physical_batch_size: rows per forward and backward pass: one number, or one per padded length. Memory only.
         parallel_batches: physical batches computed at once, each on its share of torch's threads: faster where they are small
             (CPU and backend="eager" only), for the memory of so many. Sums are the same but for rounding.
-        trainable, exclude, add_bias, clipping, backend, precision, memory_budget: as in `compile`. Default clipping:
+        trainable, exclude, add_bias, clipping, backend, precision, memory_budget, disable: as in `compile`. Default clipping:
             AutomaticClipping(1.0).
             Each phase trains the added biases that its `trainable` covers, and adds the others as they are.
             With add_bias=True the model has the added biases from the first step on, as `load_biases` would give them
@@ -213,6 +216,11 @@ def fit(
     if noise not in NOISES:
         raise PrivacyError(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
     average_from = check_average_from(average_from)
+    check_arguments(model, loss_fn, trainable, exclude, clipping)
+    disable = names_in(disable, "disable")
+    check_lowering(backend, disable, precision, memory_budget, next((p.device for p in model.parameters()), CPU))
+    if callable(callbacks) or not all(map(callable, callbacks)):
+        raise CompileRefused("callbacks is to be a list of functions that take a StepInfo.")
     check_sharding(shard_frozen, backend, precision, parallel_batches, cache_frozen_prefix)
     account = RunAccount(ledger if ranks.first else None)
     records = _dataset_length(dataset)
@@ -296,7 +304,7 @@ def fit(
                         noise=noise,
                         memory_budget=memory_budget,
                         cache_frozen_prefix=cache_frozen_prefix,
-                        disable=("packed_weights",) if shard_frozen else (),
+                        disable=(*disable, "packed_weights") if shard_frozen else disable,
                         public_tensors=public_tensors,
                         collate_fn=collate_fn,
                         padded_lengths=padded_lengths,
@@ -335,6 +343,7 @@ def fit(
                 "insecure": insecure_seed_for_tests is not None,
                 **({"cache_frozen_prefix": True} if cache_frozen_prefix else {}),
                 **({"shard_frozen": True} if shard_frozen else {}),  # other bits than those of packed weights
+                **({"disable": disable} if disable else {}),
                 # Inductor joins what it computes again with what reads it, and rounds less between.
                 **({"memory_budget": "below 1"} if memory_budget < 1.0 and backend != "eager" else {}),
             }
@@ -465,7 +474,7 @@ def _described(stages: Sequence[Stage], asked: Sequence[Any], fingerprint: Mappi
         "the privacy plan": [*asked, [[stage.sampler.to_dict(), stage.record] for stage in stages]],
         "the compiled step and its optimizer": [stage.fingerprint for stage in stages],
         "the shapes and the backend": [
-            fingerprint[n] for n in ("backend", "precision", "layout", "physical_batch_size")
+            fingerprint.get(n) for n in ("backend", "precision", "disable", "layout", "physical_batch_size")
         ],
         "the frozen weights": fingerprint["frozen"],
         "the number of records": len(batches.dataset),

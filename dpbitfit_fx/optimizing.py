@@ -26,6 +26,10 @@ def build_optimizer(optimizer: Any, parameters: list[nn.Parameter], learning_rat
             "optimizer is an Optimizer object, which was built before fit knew what is trained. Pass its class, or a "
             "function of the parameters: optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)."
         )
+    if optimizer is not None and not callable(optimizer):
+        raise PrivacyError(
+            f"optimizer is {optimizer!r:.80}, expected a class such as torch.optim.SGD, or a function of the parameters."
+        )
     if not (isinstance(learning_rate, (int, float)) and math.isfinite(learning_rate) and learning_rate > 0):
         raise PrivacyError(f"learning_rate must be a finite number above 0; got {learning_rate!r}.")
     if optimizer is None:

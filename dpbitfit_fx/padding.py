@@ -66,7 +66,7 @@ def physical_sizes(physical_batch_size: int | Sequence[int], buckets: int) -> tu
         DataError: they are not positive, or not as many as there are lengths.
     """
     given = physical_batch_size
-    sizes = (given,) * buckets if isinstance(given, int) else tuple(given)
+    sizes = tuple(given) if isinstance(given, Sequence) else (given,) * buckets
     if len(sizes) != buckets or not all(type(size) is int and size >= 1 for size in sizes):
         raise DataError(
             f"physical_batch_size must be a positive integer, or one per padded length ({buckets} of them); "
