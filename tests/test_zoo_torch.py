@@ -52,6 +52,11 @@ def compiled(case: Case, dtype: torch.dtype = torch.float32) -> dpb.PrivateStep:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_sealed_and_equals_the_loop_for_batches_of_1_2_3_and_17(name: str) -> None:
     case = cases()[name]
+    if name == "statistics" and torch.__version__ < "2.13":
+        # torch 2.11 exports no quantile, and 2.12 has no batching rule for count_nonzero.
+        with pytest.raises(dpb.CompileRefused, match=r"quantile|count_nonzero"):
+            compiled(case)
+        return
     step = compiled(case)
     assert Fact.SEALED in step.joint.facts
     biases = {k for k, _ in step.model.named_parameters() if "bias" in k.rsplit(".", 1)[-1]}
