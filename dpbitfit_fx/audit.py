@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpbitfit_fx.arguments import device_of
 from dpbitfit_fx.audit_bound import flip_coins, split_guesses
 from dpbitfit_fx.audit_canaries import GradientCanaries, members_of, take_out
 from dpbitfit_fx.audit_report import AuditReport
@@ -208,5 +209,5 @@ def _batches(dataset: MapDataset, model: nn.Module, options: dict[str, Any]) -> 
         template = load_item(dataset, collate_fn, 0) if example is None else example
     lengths, pads = options.get("padded_lengths"), options.get("pad_values")
     layout = ItemLayout.build(template, lengths, pads, is_example=example is not None)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return lambda rows: PhysicalBatches(dataset, layout, rows, collate_fn=collate_fn, device=device)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .arguments import check_arguments
+from .arguments import check_arguments, device_of, names_in
 from .dropout import draw_masks
 from .dynamic_shapes import dynamic_length
 from .errors import CompileRefused, SealBroken
-from .lowering import CPU, OPTIMIZATIONS, Lowered, check_lowering
+from .lowering import OPTIMIZATIONS, Lowered, check_lowering
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
@@ -452,17 +452,16 @@ def compile(  # the name users of torch.compile expect
     Raises :class:`CompileRefused` when the model cannot be made private as its author meant it, and
     :class:`SealBroken` when the rewritten graph does not match the template that bounds its sensitivity.
     """
-    disable = (disable,) if isinstance(disable, str) else tuple(disable)
-    check_arguments(model, loss_fn, trainable, exclude, clipping)
-    check_lowering(backend, disable, precision, memory_budget, next((p.device for p in model.parameters()), CPU))
+    check_arguments(model, loss_fn, clipping)
+    chosen = trainable if isinstance(trainable, str) else tuple(names_in(trainable, "trainable"))
+    left_out, disable = tuple(names_in(exclude, "exclude")), tuple(names_in(disable, "disable"))
+    check_lowering(backend, disable, precision, memory_budget, device_of(model))
     if (noise_multiplier is None) != (expected_batch_size is None):
         raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
-    chosen = trainable if isinstance(trainable, str) else tuple(trainable)
     noise = None
     if noise_multiplier is not None and expected_batch_size is not None:
         noise = Noise(float(noise_multiplier), float(expected_batch_size))
     clip = AutomaticClipping() if clipping is None else clipping
-    left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if dropout and dynamic_shapes:
         raise CompileRefused(
             "dynamic_shapes and dropout=True cannot be combined: how many random numbers a sample draws depends on its length. "
@@ -576,17 +575,8 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor], run: Callable[..
                 try:
                     results.append(run(batch, mask, step.zero_accumulator()))
                 except RuntimeError as error:
-                    if batch is leaves:
-                        why = (
-                            f"The step does not run as lowered for backend={step.backend!r}, precision={step.precision!r} "
-                            f"({str(error)[:300]}). Try another of them, or disable= one of {', '.join(OPTIMIZATIONS)}."
-                        )
-                    else:
-                        why = (
-                            f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad "
-                            "record would stop a run and show itself. Replace the operator that raises."
-                        )
-                    raise too_little_memory(error, size) or CompileRefused(why) from error
+                    refusal = _does_not_run(step, error) if batch is leaves else _stops_at_a_record(error)
+                    raise too_little_memory(error, size) or refusal from error
             if not all(torch.equal(results[0], r) for r in results[1:]):
                 raise SealBroken(
                     "After lowering, one sample's contribution changes with the other rows of its batch: the backend or "
@@ -607,6 +597,20 @@ def _check_rows(step: PrivateStep, example: list[torch.Tensor], run: Callable[..
             f"After lowering, the clipped sum is off by {float((runs - proved).abs().max()):.1e} from that of the proved "
             "graph. The step is refused."
         )
+
+
+def _does_not_run(step: PrivateStep, error: RuntimeError) -> CompileRefused:
+    return CompileRefused(
+        f"The step does not run as lowered for backend={step.backend!r}, precision={step.precision!r} ({str(error)[:300]}). Try "
+        f"another of them, or disable= one of {', '.join(OPTIMIZATIONS)}."
+    )
+
+
+def _stops_at_a_record(error: RuntimeError) -> CompileRefused:
+    return CompileRefused(
+        f"The step fails when another row of its batch holds NaN, inf or zeros ({str(error)[:200]}): one bad record would stop a "
+        "run and show itself. Replace the operator that raises."
+    )
 
 
 def _contributing_first(step: PrivateStep, example: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import dpbitfit_fx
+from dpbitfit_fx.arguments import device_of
 from dpbitfit_fx.batching import (
     ItemLayout,
     MapDataset,
@@ -239,7 +240,7 @@ def build_engine(
     else:
         template = example_batch
     layout = ItemLayout.build(template, padded_lengths, pad_values, is_example=example_batch is not None)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     selection = trainable if isinstance(trainable, str) else list(trainable)
     examples = [layout.example_batch(bucket) for bucket in range(layout.buckets)]
 

@@ -28,7 +28,7 @@ from dpbitfit_fx.accounting import (
     resolve_prior,
     solve_noise_multiplier,
 )
-from dpbitfit_fx.arguments import check_arguments, names_in
+from dpbitfit_fx.arguments import check_arguments, device_of, names_in
 from dpbitfit_fx.averaging import check_average_from
 from dpbitfit_fx.batching import MapDataset, check_rows, global_random_state_kept
 from dpbitfit_fx.biases import fingerprints, save_biases
@@ -37,7 +37,7 @@ from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.ledger import Ledger
-from dpbitfit_fx.lowering import CPU, check_lowering
+from dpbitfit_fx.lowering import check_lowering, recomputes_attention
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
@@ -216,9 +216,10 @@ def fit(
     if noise not in NOISES:
         raise PrivacyError(f"Unknown noise {noise!r}; choose one of {', '.join(NOISES)}.")
     average_from = check_average_from(average_from)
-    check_arguments(model, loss_fn, trainable, exclude, clipping)
-    disable = names_in(disable, "disable")
-    check_lowering(backend, disable, precision, memory_budget, next((p.device for p in model.parameters()), CPU))
+    check_arguments(model, loss_fn, clipping)
+    trainable = trainable if isinstance(trainable, str) else names_in(trainable, "trainable")
+    exclude, disable = names_in(exclude, "exclude"), names_in(disable, "disable")
+    check_lowering(backend, disable, precision, memory_budget, device_of(model))
     if callable(callbacks) or not all(map(callable, callbacks)):
         raise CompileRefused("callbacks is to be a list of functions that take a StepInfo.")
     check_sharding(shard_frozen, backend, precision, parallel_batches, cache_frozen_prefix)
@@ -345,7 +346,7 @@ def fit(
                 **({"shard_frozen": True} if shard_frozen else {}),  # other bits than those of packed weights
                 **({"disable": disable} if disable else {}),
                 # Inductor joins what it computes again with what reads it, and rounds less between.
-                **({"memory_budget": "below 1"} if memory_budget < 1.0 and backend != "eager" else {}),
+                **({"memory_budget": "below 1"} if recomputes_attention(backend, memory_budget) else {}),
             }
             asked = [target_epsilon, noise_multiplier, delta]
 

@@ -47,11 +47,17 @@ def check_lowering(
             f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
             "value is computed twice)."
         )
-    if memory_budget < 1.0 and backend != "eager" and precision != "bf16":
+    again = recomputes_attention(backend, memory_budget)
+    if again and precision != "bf16":
         raise CompileRefused(
             "memory_budget below 1 chooses by the order in which backend='eager' runs the nodes; Inductor fuses and orders them "
             "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager', or precision='bf16', where "
             "Inductor computes the weights of attention again."
+        )
+    if again and "bf16_attention" in disable:
+        raise CompileRefused(
+            "memory_budget below 1 with backend='inductor' computes the weights of attention in bfloat16 again, and "
+            "'bf16_attention' is disabled. Leave it on, or memory_budget at 1."
         )
     if backend == "inductor" and not any(
         shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c
@@ -60,13 +66,7 @@ def check_lowering(
             "backend='inductor' generates C++ and finds no compiler for it. Install g++ (or clang++), name one in the "
             "environment variable CXX, or use backend='eager'."
         )
-    names = [disable] if isinstance(disable, str) else disable
-    if memory_budget < 1.0 and backend != "eager" and "bf16_attention" in names:
-        raise CompileRefused(
-            "memory_budget below 1 with backend='inductor' computes the weights of attention in bfloat16 again, and "
-            "'bf16_attention' is disabled. Leave it on, or memory_budget at 1."
-        )
-    for name in names:
+    for name in disable:
         if name not in OPTIMIZATIONS:
             raise CompileRefused(
                 f"Unknown optimization {name!r} in disable; those that can be switched off: {', '.join(OPTIMIZATIONS)}."
@@ -74,7 +74,7 @@ def check_lowering(
     if precision not in PRECISIONS:
         raise CompileRefused(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision == "bf16":
-        if "packed_weights" in names:
+        if "packed_weights" in disable:
             raise CompileRefused(
                 "precision='bf16' rounds the packed frozen weights: 'packed_weights' must not be disabled."
             )
@@ -85,6 +85,11 @@ def check_lowering(
                 "precision='bf16' needs a torch with oneDNN and a CPU that multiplies bfloat16 (AVX512_BF16 or AMX): on "
                 "this machine it would be slower than float32. Use precision='float32'."
             )
+
+
+def recomputes_attention(backend: str, memory_budget: float) -> bool:
+    """What a budget means for Inductor, which orders nodes by itself; eager mode has :mod:`passes.recompute`."""
+    return backend == "inductor" and memory_budget < 1.0
 
 
 @contextlib.contextmanager
@@ -227,7 +232,7 @@ class Lowered:
     ) -> None:
         check_lowering(backend, disable, precision, device=partial.device)
         budget = 1.0 if partial.source is None else partial.source.memory_budget
-        again = backend == "inductor" and budget < 1.0 and "recompute" not in disable
+        again = recomputes_attention(backend, budget) and "recompute" not in disable
         rounding = () if precision != "bf16" else ROUNDING_AGAIN if again else ROUNDING
         disable = (*disable, "recompute") if again else disable
         # In eager mode both copies would be there at once: rounding is for what fuses it.

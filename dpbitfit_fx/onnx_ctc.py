@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+import dpbitfit_fx.passes.ctc_rule  # noqa: F401  (defines them)
+
 Tensor = torch.Tensor
 NEGATIVE_INFINITY = float("-inf")
 
@@ -94,8 +96,7 @@ def _ctc_backward(
     return torch.stack(rows[::-1], 0)
 
 
-def ctc_operators() -> dict[Any, Callable[..., Any]]:
-    import dpbitfit_fx.passes.ctc_rule  # noqa: F401  (defines them)
-
-    ours = torch.ops.dpbitfit
-    return {ours.ctc_loss.default: _ctc, ours.ctc_loss_backward.default: _ctc_backward}
+CTC: dict[Any, Callable[..., Any]] = {
+    torch.ops.dpbitfit.ctc_loss.default: _ctc,
+    torch.ops.dpbitfit.ctc_loss_backward.default: _ctc_backward,
+}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dpbitfit_fx.errors import ExportError
-from dpbitfit_fx.onnx_ctc import ctc_operators
+from dpbitfit_fx.onnx_ctc import CTC
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -150,9 +150,13 @@ def _where(_: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
 # -- products and other arithmetic -----------------------------------------------------------------------------------
 
 
+def _promoted(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.to(dtype or (x.dtype if x.dtype.is_floating_point else torch.int64))
+
+
 def _prod(_: Any, x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """Halves times halves, log2(n) products."""
-    x = x.to(dtype or (x.dtype if x.dtype.is_floating_point else torch.int64))
+    x = _promoted(x, dtype)
     if x.dim() == 0:
         return x
     if x.shape[dim] == 0:
@@ -166,7 +170,7 @@ def _prod(_: Any, x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dt
 
 def _cumprod(_: Any, x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Products of windows of 2, 4, 8 .. that end at each place (Hillis and Steele, 1986)."""
-    x = x.to(dtype or (x.dtype if x.dtype.is_floating_point else torch.int64))
+    x = _promoted(x, dtype)
     if x.dim() == 0:
         return x
     count, step = int(x.shape[dim]), 1
@@ -392,7 +396,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.hypot.default: _hypot,
     aten.i0.default: _bessel(odd=False),
     aten.special_i1.default: _bessel(odd=True),
-    **ctc_operators(),
+    **CTC,
 }
 
 _FACTORIZATION = "ONNX has no factorization of matrices"

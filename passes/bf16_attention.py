@@ -35,7 +35,7 @@ from torch import fx
 from .joint_graph import DynamicLength, Extent, JointGraph, copy_graph, finish
 from .opaque import HELD_UNTIL
 from .torch_private import argument_names, arguments
-from .views import VIEWS
+from .views import VIEWS, seen_as, shown_by
 
 aten = torch.ops.aten
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -218,8 +218,8 @@ class _Writer:
     def fused(self, node: fx.Node) -> _Made:
         """The same kernel, forward and backward, on rounded tensors."""
         with self.graph.inserting_before(node):
-            rounded = {name: self.round(x) for name, x in _tensors(node) if name not in MASKS}
-            rounded |= {name: self.round_spread(x) for name, x in _tensors(node) if name in MASKS}
+            given = {name: x for name, x in arguments(node).items() if isinstance(x, fx.Node)}
+            rounded = {n: (self.round_spread if n in MASKS else self.round)(x) for n, x in given.items()}
             both = self.swapped(node, rounded)
             results = [self.call(operator.getitem, both, i) for i in range(len(node.target._schema.returns))]  # type: ignore[union-attr]
             out, lse, *state = results
@@ -243,13 +243,4 @@ class _Writer:
 
     def round_spread(self, mask: fx.Node) -> fx.Node:
         """A mask rounded where it is small, and spread over heads and rows as it was: a copy would write it out."""
-        if mask.target not in SPREAD:
-            return self.round(mask)
-        source: Any = mask.args[0]
-        new = self.call(mask.target, self.round_spread(source), *mask.args[1:], **mask.kwargs)
-        new.meta.update(mask.meta)
-        return new
-
-
-def _tensors(node: fx.Node) -> list[tuple[str, fx.Node]]:
-    return [(name, x) for name, x in arguments(node).items() if isinstance(x, fx.Node)]
+        return seen_as(self.graph, self.round(shown_by(mask, SPREAD)), mask, SPREAD)

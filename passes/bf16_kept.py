@@ -23,7 +23,7 @@ from torch import fx
 from .joint_graph import JointGraph, copy_graph, finish
 from .opaque import HELD
 from .torch_private import LINEAR
-from .views import forward_pass, readers, shown_by
+from .views import forward_pass, readers, seen_as, shown_by
 
 aten = torch.ops.aten
 
@@ -99,27 +99,18 @@ def _sum(graph: fx.Graph, node: fx.Node) -> bool:
     # The cast goes before the views that lead to it, so that the sum finds it in the shape of the gradient.
     with graph.inserting_before(cast):
         rounded = _cast(graph, base, torch.bfloat16)
-        read = _viewed(graph, rounded, base, cast.args[0])
+        read = seen_as(graph, rounded, cast.all_input_nodes[0])
     cast.replace_all_uses_with(read)
     order = {n: at for at, n in enumerate(graph.nodes)}
     after = max((*products, seen), key=order.__getitem__)
     with graph.inserting_before(after.next):
-        wide = _viewed(graph, _cast(graph, rounded, torch.float32), base, seen)
+        wide = seen_as(graph, _cast(graph, rounded, torch.float32), seen)
         new = graph.call_function(aten.sum.dim_IntList, (wide, *node.args[1:]), node.kwargs)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     _behind(new)
     return True
-
-
-def _viewed(graph: fx.Graph, x: fx.Node, base: fx.Node, view: Any) -> fx.Node:
-    """``x``, of the shape of ``base``, seen as ``view`` shows ``base``."""
-    if view is base:
-        return x
-    new = graph.call_function(aten.reshape.default, (_viewed(graph, x, base, view.args[0]), view.args[1]))
-    new.meta.update(view.meta)
-    return new
 
 
 def _behind(node: fx.Node) -> None:

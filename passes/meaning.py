@@ -221,27 +221,27 @@ def _compare_given(
                     f"loss_fn failed on a batch of {size} samples{length_of(source, batch)} ({type(error).__name__}: "
                     f"{str(error)[:300]}). It must work for every batch size, since private batches vary in size{also}."
                 ) from error
+            per_sample = loss.shape == (size,)
+            if loss.dim() and not per_sample:
+                raise CompileRefused(
+                    f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
+                    "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. "
+                    "loss.mean(dim=1)."
+                )
             weights = torch.linspace(0.5, 1.5, size, dtype=loss.dtype, device=loss.device)
-            objective = (loss * weights).sum() if loss.shape == (size,) else loss
             # What it keeps for its backward is gone before the captured step runs: at 17 rows both are large.
-            theirs = _user_gradients(objective, chosen) if loss.dim() == 0 or loss.shape == (size,) else ()
+            theirs = _user_gradients((loss * weights).sum() if per_sample else loss, chosen)
     finally:
         for p, flag in zip(chosen, flags, strict=True):
             p.requires_grad_(flag)
     captured, gradients = run_joint(joint, batch, given)
-    if loss.shape == (size,):
+    if per_sample:
         kinds, same = {"per sample"}, close(loss.detach(), captured, coarse)
-    elif loss.dim() == 0:
+    else:
         mean, total = (close(loss.detach(), x, coarse) for x in (captured.mean(), captured.sum()))
         kinds = {k for k, ok in (("mean", mean), ("sum", total)) if ok}
         same = bool(kinds)
         weights = torch.full((size,), 1.0 / size if "mean" in kinds else 1.0, dtype=loss.dtype, device=loss.device)
-    else:
-        raise CompileRefused(
-            f"loss_fn returned shape {list(loss.shape)} for a batch of {size}; it must return one loss per sample, shape "
-            "[B] (or their mean or sum). For a loss per token, reduce over each sample's tokens first, e.g. "
-            "loss.mean(dim=1)."
-        )
     if not same:
         scalar = "" if loss.dim() else " its scalar loss is neither the mean nor the sum of the per-sample losses, and"
         raise CompileRefused(

@@ -21,6 +21,17 @@ def shown_by(node: fx.Node, views: Collection[Any] = VIEWS) -> fx.Node:
     return node
 
 
+def seen_as(graph: fx.Graph, x: fx.Node, view: fx.Node, views: Collection[Any] = VIEWS) -> fx.Node:
+    """``x``, of the shape of what lies behind ``view``, under the same views."""
+    if view.target not in views:
+        return x
+    source: Any = view.args[0]
+    target: Any = aten.reshape.default if view.target in VIEWS else view.target  # x may lie otherwise in memory
+    new = graph.call_function(target, (seen_as(graph, x, source, views), *view.args[1:]), view.kwargs)
+    new.meta.update(view.meta)
+    return new
+
+
 def readers(node: fx.Node, views: Collection[Any] = VIEWS) -> list[fx.Node]:
     """Who reads it, itself or through these views."""
     found: list[fx.Node] = []
