@@ -162,7 +162,9 @@ class _Writer:
             if finite is not None:
                 scores = self.call(aten.add.Tensor, apart(scores, t, s), finite)
                 scores = self.call(aten.reshape.default, scores, [-1, t, s])
-            return self.call(aten._softmax.default, scores, -1, False)
+            result = self.call(aten._softmax.default, scores, -1, False)
+            result.meta["dtype"] = torch.bfloat16
+            return result
 
         with self.graph.inserting_before(node):
             t, s = self.length(query), self.length(key)

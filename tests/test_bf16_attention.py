@@ -18,9 +18,9 @@ import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.lowering import Lowered
-from dpbitfit_fx.passes import bf16_attention, facts
+from dpbitfit_fx.passes import bf16_attention, bf16_kept, facts
 from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD, round_attention
-from dpbitfit_fx.passes.opaque import HELD_UNTIL
+from dpbitfit_fx.passes.opaque import HELD, HELD_UNTIL, SOFTMAX
 
 aten = torch.ops.aten
 HEADS, WIDTH = 2, 64
@@ -180,6 +180,36 @@ def test_its_weights_computed_again_are_the_same_bits() -> None:
     for mask in torch.eye(4):
         (found,) = runner(list(batch.values()), mask, kept.zero_accumulator())
         assert torch.equal(found, kept.accumulate(batch, mask, kept.zero_accumulator()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "left", "biased"])
+def test_for_inductor_the_softmax_is_torchs_own_and_a_mask_is_worked_out_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused with its mask it would write float32 weights out between two loops."""
+    monkeypatch.setattr(bf16_kept, "_sum", lambda graph, node: False)  # that one rounds
+    step, batch = compiled(attend(kind)), records(4)
+    wanted = [row(step, batch, at) for at in range(4)]
+    runner = step._lowered.runner
+    runner.joint = bf16_kept.keep_bfloat16(runner.joint)
+    runner.load(runner.joint)
+    facts.partial(runner.joint)
+    found = [n.target for n in runner.joint.module.graph.nodes]
+    assert found.count(SOFTMAX) == 1 and aten._softmax.default not in found
+    assert found.count(HELD) == (kind != "plain")
+    for at in range(4):
+        assert torch.equal(row(step, batch, at), wanted[at])
+
+
+def test_layers_that_share_a_mask_share_what_is_held_of_it() -> None:
+    joint = bf16_kept.keep_bfloat16(stack(8)._lowered.joint)
+    found = [n.target for n in joint.module.graph.nodes]
+    assert found.count(SOFTMAX) == 4 and found.count(HELD) == 1
+
+
+def test_a_softmax_in_float32_is_left_to_inductor() -> None:
+    joint = compiled(attend("padded"), precision="float32", disable=["refusion"])._lowered.joint
+    assert SOFTMAX not in [n.target for n in bf16_kept.keep_bfloat16(joint).module.graph.nodes]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
