@@ -312,6 +312,7 @@ SYSTEMS: dict[str, System] = {
         "**ours**, Inductor, `precision=\"bf16\"`, `memory_budget=0.5`",
     ),
     "ours-unpacked": System(lambda c: _ours(c, disable="packed_weights"), "**ours**, eager, without packed weights"),
+    "ours-unshared": System(lambda c: _ours(c, disable="in_place"), "**ours**, eager, without writing in place"),
     "ours-unclipped": System(unclipped, "ours without DP (no clip, no noise)"),
     "ours-inductor-unclipped": System(
         lambda c: unclipped(c, backend="inductor"), "ours without DP (no clip, no noise), Inductor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import threading
@@ -17,6 +18,7 @@ from .passes import facts
 from .passes.batch_sizes import spell_sizes
 from .passes.bf16_kept import keep_bfloat16
 from .passes.frozen_prefix import split_prefix
+from .passes.in_place import write_in_place
 from .passes.joint_graph import JointGraph, Role
 from .passes.opaque import holding
 from .passes.opaque_weights import hide_weights
@@ -27,7 +29,7 @@ from .passes.torch_private import at_one_place, has_bfloat16_products, of_any_si
 
 BACKENDS = ("eager", "inductor")
 CPU = torch.device("cpu")
-OPTIMIZATIONS = (*OPTIONS, "packed_weights", "bf16_kept", "cuda_graphs")
+OPTIMIZATIONS = (*OPTIONS, "packed_weights", "in_place", "bf16_kept", "cuda_graphs")
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -147,19 +149,31 @@ def _version(x: torch.Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a graph is turned into before it runs."""
+
+    backend: str = "eager"
+    precision: str = "float32"
+    packed: bool = True
+    kept: bool = True
+    graphs: bool = True
+    in_place: bool = True
+
+
 class _Runner:
     """A graph as the backend executes it: fed with the live state, its packs kept up to date."""
 
-    def __init__(
-        self, joint: JointGraph, backend: str, pack_them: bool, keep_less: bool, precision: str, graphs: bool = True
-    ) -> None:
-        self.joint, self.packs = pack_weights(joint, PRECISIONS[precision]) if pack_them else (joint, ())
+    def __init__(self, joint: JointGraph, how: How) -> None:
+        self.joint, self.packs = pack_weights(joint, PRECISIONS[how.precision]) if how.packed else (joint, ())
         self._held: dict[str, _Packed] = {}
-        self._inductor = backend == "inductor"
-        self._graphs = self._inductor and graphs and joint.device.type == "cuda"
+        self._inductor = how.backend == "inductor"
+        self._graphs = self._inductor and how.graphs and joint.device.type == "cuda"
+        self._in_place = not self._inductor and how.in_place
         # Inductor knows no oneDNN layout: such packs are no inputs then.
         self._hidden = [i.target for i in self.packs if self._inductor and i.layout == "onednn"]
-        if keep_less:
+        # In eager mode both copies would be there at once: rounding is for what fuses it.
+        if self._inductor and how.kept and how.precision == "bf16":
             self.joint = keep_bfloat16(self.joint)
         self._open = _open_sizes(joint)
         self.load(self.joint)
@@ -167,6 +181,9 @@ class _Runner:
     def load(self, joint: JointGraph) -> None:
         """What runs from now on: a graph with the inputs of ``self.joint``."""
         self._inputs = hide_weights(joint, self._hidden) if self._inductor else joint
+        if self._in_place:
+            self._inputs = write_in_place(joint)
+            self.joint = dataclasses.replace(joint, optimized=self._inputs.optimized)
         module = self._inputs.module
         options: dict[str, Any] | None = {"triton.cudagraphs": True} if self._graphs else None
         self._call: Any = torch.compile(module, options=options) if self._inductor else module
@@ -216,9 +233,11 @@ class Lowered:
     Inputs that the backward pass does not need are not kept for it (:mod:`passes.saved_inputs`); within a memory budget below
     1, values are computed again for it (:mod:`passes.recompute`).
     Products with frozen weights read them packed (:mod:`passes.packing`), unless ``disable`` holds ``"packed_weights"``; with
-    ``precision="bf16"`` they and attention are in bfloat16. inductor: torch.compile fuses what lies between them, one graph for
-    every batch size; :mod:`passes.opaque_weights` gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less. On
-    CUDA it replays CUDA graphs, one for each batch size (``"cuda_graphs"``).
+    ``precision="bf16"`` they and attention are in bfloat16.
+    eager: pointwise operators write over what nobody reads afterwards (:mod:`passes.in_place`).
+    inductor: torch.compile fuses what lies between products, one graph for every batch size; :mod:`passes.opaque_weights`
+    gives it the packs, and with bfloat16 :mod:`passes.bf16_kept` keeps less. On CUDA it replays CUDA graphs, one for each
+    batch size (``"cuda_graphs"``).
     With :meth:`prefix`, what no trainable reaches is computed apart (:mod:`passes.frozen_prefix`).
 
     After :meth:`run_as`, large frozen weights are read as shards (:mod:`passes.sharded_weights`).
@@ -235,13 +254,14 @@ class Lowered:
         again = recomputes_attention(backend, budget) and "recompute" not in disable
         rounding = () if precision != "bf16" else ROUNDING_AGAIN if again else ROUNDING
         disable = (*disable, "recompute") if again else disable
-        # In eager mode both copies would be there at once: rounding is for what fuses it.
-        keep_less = backend == "inductor" and precision == "bf16" and "bf16_kept" not in disable
-        self._options = backend, "packed_weights" not in disable, keep_less, precision, "cuda_graphs" not in disable
+        packed, kept, graphs, in_place = (
+            name not in disable for name in ("packed_weights", "bf16_kept", "cuda_graphs", "in_place")
+        )
+        self._how = How(backend, precision, packed, kept, graphs, in_place)
         self._whole: JointGraph = run((*LOWERING, *rounding), partial, disable=disable)
         if backend == "inductor":
             self._whole = spell_sizes(self._whole)
-        self.runner = _Runner(self._whole, *self._options)
+        self.runner = _Runner(self._whole, self._how)
         self.joint, self.packs = self.runner.joint, self.runner.packs
         facts.partial(self.joint)
         self._parts: tuple[_Runner, _Runner] | None = None
@@ -278,7 +298,7 @@ class Lowered:
         shards = {i.target: shard_of(self._whole.state[i.target]) for i in self._whole.with_role(Role.FROZEN)}
         joint, order = shard_weights(self._whole, {n: shard for n, shard in shards.items() if shard is not None})
         facts.partial(joint)
-        return _Runner(joint, "eager", False, False, "float32"), tuple(id(self._whole.state[n]) for n in order)
+        return _Runner(joint, How(packed=False)), tuple(id(self._whole.state[n]) for n in order)
 
     def run_as(self, runner: _Runner) -> None:
         """What runs from now on: of :meth:`sharded`."""
@@ -287,7 +307,7 @@ class Lowered:
     def _split(self) -> tuple[_Runner, _Runner]:
         if self._parts is None:
             parts = split_prefix(self._whole)
-            before, rest = _Runner(parts.prefix, *self._options), _Runner(parts.rest, *self._options)
+            before, rest = _Runner(parts.prefix, self._how), _Runner(parts.rest, self._how)
             facts.partial(rest.joint)
             self._parts, self._reads = (before, rest), parts.reads
         return self._parts

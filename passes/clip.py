@@ -27,7 +27,7 @@ from torch import fx
 from .clipping import SMALLEST_SQUARED_NORM, AutomaticClipping, AutoVClipping, Clipping, Layer
 from .errors import CompileRefused
 from .ghost_sum import LARGEST_FACTORS, LEAST_SHARE, Ghost, GhostSum
-from .joint_graph import Input, JointGraph, Role, copy_graph, finish
+from .joint_graph import Input, JointGraph, Role, copy_graph, finish, rows_at_capture
 
 aten = torch.ops.aten
 LARGEST_SQUARED_NORM = 1e60
@@ -157,11 +157,15 @@ class _Tail:
         side = self.call(aten.cat.default, views, 1)
         if any(t.dtype != self.joint.flat_dtype for t in targets):
             side = self.call(aten._to_copy.default, side, dtype=self.joint.flat_dtype)
+        width = sum(t.numel for t in targets)
+        side.meta = {"shape": (rows_at_capture(self.joint), width), "dtype": self.joint.flat_dtype}
         return side
 
     def squared(self, side: fx.Node) -> fx.Node:
         wide = self.call(aten._to_copy.default, side, dtype=torch.float64)
-        return self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, wide, wide), [1])
+        squares = self.call(aten.mul.Tensor, wide, wide)
+        wide.meta = squares.meta = {**side.meta, "dtype": torch.float64}
+        return self.call(aten.sum.dim_IntList, squares, [1])
 
     def keep(self, mask: fx.Node, squared: fx.Node, factors: list[fx.Node]) -> fx.Node:
         sane = self.call(aten.lt.Scalar, squared, LARGEST_SQUARED_NORM)

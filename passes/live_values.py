@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .joint_graph import JointGraph
+from .pointwise import POINTWISE
 from .random_draws import example
 from .torch_private import tree_flatten
 
@@ -142,7 +143,8 @@ def live_bytes(
 ) -> list[int]:
     """The bytes alive while each call runs; a call whose value nobody reads, directly or not, is left out and counts zero.
 
-    A copy, and a node of ``late``, reads the copies of the nodes in ``again``; all others read them where they stand.
+    A copy, and a node of ``late``, reads the copies of the nodes in ``again``; all others read them where they stand. What
+    works entry by entry writes over an operand of its size that is read no more (:mod:`passes.in_place`).
     """
 
     def read_by(call: Call) -> Iterable[Call]:
@@ -165,9 +167,12 @@ def live_bytes(
     freed = [0] * (len(calls) + 1)
     found, live = [], 0
     for position, call in enumerate(calls):
+        own = made[call.node].own
         if call in needed and roots[call] is call:
-            live += made[call.node].own
-            freed[last[call]] += made[call.node].own
-        found.append(live if call in needed else 0)
+            live += own
+            freed[last[call]] += own
+        dying = {roots[r] for r in read_by(call) if call in needed and last[roots[r]] == position}
+        over = call.node.target in POINTWISE and any(made[r.node].own == own for r in dying)
+        found.append(live - own * over if call in needed else 0)
         live -= freed[position]
     return found

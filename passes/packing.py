@@ -99,13 +99,13 @@ def pack_weights(joint: JointGraph, dtype: torch.dtype = torch.float32) -> tuple
             if dtype is not torch.float32:
                 if x not in rounded:
                     rounded[x] = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
-                    rounded[x].meta.update(x.meta)
+                    rounded[x].meta = {**x.meta, "dtype": dtype}
                 if kind == "onednn":
                     product = graph.call_function(LINEAR, (rounded[x], made[weight], None, "none", [], ""))
                 else:
                     product = graph.call_function(aten.mm.default, (rounded[x], made[weight]))
                 new = graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float32})
-                product.meta.update(node.meta)
+                product.meta = {**node.meta, "dtype": dtype}
                 if added is not None:
                     new.meta.update(node.meta)
                     new = graph.call_function(aten.add.Tensor, (new, added))

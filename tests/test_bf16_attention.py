@@ -174,7 +174,7 @@ def stack(length: int, **options: Any) -> dpb.PrivateStep:
 def test_its_weights_computed_again_are_the_same_bits() -> None:
     model, batch = attend("left"), records(4)
     kept = compiled(model)
-    runner = lowering._Runner(round_attention(kept.partial, again=True), "eager", True, False, "bf16")
+    runner = lowering._Runner(round_attention(kept.partial, again=True), lowering.How(precision="bf16"))
     assert [n.target for n in runner.joint.module.graph.nodes].count(HELD_UNTIL) == 1
     facts.partial(runner.joint)
     for mask in torch.eye(4):

@@ -132,7 +132,7 @@ def test_on_cuda_inductor_replays_graphs_whose_results_the_next_replay_does_not_
     step = compiled(precision="float32", disable=["packed_weights"])
     monkeypatch.setattr(JointGraph, "device", CUDA)
     monkeypatch.setattr(torch, "compile", replays := Replays())
-    runner = lowering._Runner(step.partial, "inductor", False, False, "float32", "cuda_graphs" not in off)
+    runner = lowering._Runner(step.partial, lowering.How("inductor", packed=False, graphs="cuda_graphs" not in off))
     assert replays.options == [None if off else {"triton.cudagraphs": True}]
     leaves = list(records(3).values())
     first, second = (runner(leaves, torch.ones(3), torch.zeros(step.num_trainable))[0] for _ in range(2))
@@ -146,7 +146,7 @@ def test_on_cuda_inductor_replays_graphs_whose_results_the_next_replay_does_not_
 def test_on_the_cpu_there_are_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     step = compiled(precision="float32")
     monkeypatch.setattr(torch, "compile", replays := Replays())
-    lowering._Runner(step.partial, "inductor", False, False, "float32")
+    lowering._Runner(step.partial, lowering.How("inductor", packed=False))
     assert replays.options == [None]
 
 

@@ -58,6 +58,7 @@ def did(step: dpb.PrivateStep) -> set[str]:
         "saved_inputs": any(line.startswith("saved inputs: 2 ReLU") for line in report.optimized),
         "recompute": any(line.startswith("recompute: ") for line in report.optimized),
         "packed_weights": bool(report.packed) and any(n.target is LINEAR for n in nodes),
+        "in_place": any(line.endswith("write over what nobody reads afterwards") for line in report.optimized),
     }
     assert traces.keys() == set(OPTIMIZATIONS)
     return {name for name, there in traces.items() if there}
