@@ -14,7 +14,7 @@ from .arguments import check_arguments, device_of, names_in
 from .dropout import draw_masks
 from .dynamic_shapes import dynamic_length
 from .errors import CompileRefused, SealBroken
-from .lowering import OPTIMIZATIONS, Lowered, check_lowering
+from .lowering import OPTIMIZATIONS, Lowered, check_lowering, prepare
 from .passes import bias_slots, facts, random_draws
 from .passes.capture import split_batch
 from .passes.clipping import AutomaticClipping, Clipping
@@ -456,6 +456,7 @@ def compile(  # the name users of torch.compile expect
     chosen = trainable if isinstance(trainable, str) else tuple(names_in(trainable, "trainable"))
     left_out, disable = tuple(names_in(exclude, "exclude")), tuple(names_in(disable, "disable"))
     check_lowering(backend, disable, precision, memory_budget, device_of(model))
+    prepare(backend, device_of(model))
     if (noise_multiplier is None) != (expected_batch_size is None):
         raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
     noise = None

@@ -25,7 +25,7 @@ from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
 from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, ROUNDING_AGAIN, run
 from .passes.sharded_weights import Shard, shard_weights
-from .passes.torch_private import at_one_place, has_bfloat16_products, of_any_size, own
+from .passes.torch_private import at_one_place, has_bfloat16_products, look_for_vector_units, of_any_size, own
 
 BACKENDS = ("eager", "inductor")
 CPU = torch.device("cpu")
@@ -92,6 +92,12 @@ def check_lowering(
 def recomputes_attention(backend: str, memory_budget: float) -> bool:
     """What a budget means for Inductor, which orders nodes by itself; eager mode has :mod:`passes.recompute`."""
     return backend == "inductor" and memory_budget < 1.0
+
+
+def prepare(backend: str, device: torch.device = CPU) -> None:
+    """Starts what the backend will have to wait for, while the passes run."""
+    if backend == "inductor" and device.type == "cpu":
+        look_for_vector_units()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ Nothing else in this repository may import ``torch._*`` or ``torch.fx.experiment
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -214,6 +216,25 @@ def can_pack() -> bool:
 def has_bfloat16_products() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX); without, packed bfloat16 is slower than float32."""
     return can_pack() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def look_for_vector_units() -> None:
+    """Inductor asks what this CPU can do by building and loading programs, which takes 8 seconds where its cache is empty.
+
+    Here it does so early, on a thread of its own, beside our passes. Nothing depends on it: what fails here, Inductor finds
+    out by itself when it asks again.
+    """
+    with contextlib.suppress(Exception):
+        # Imported here: two threads must not import parts of torch at once.
+        from torch._inductor import codecache, cpp_builder, cpu_vec_isa
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                cpu_vec_isa.pick_vec_isa()
+
+        assert codecache and cpp_builder
+        threading.Thread(target=ask, name="look_for_vector_units", daemon=True).start()
 
 
 def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.cpu_vec_isa
 from fit_cases import mlp, mlp_loss, run, text_loss, text_model
 from torch import Tensor, nn
 
 import dpbitfit_fx as dpb
-from dpbitfit_fx.passes import facts, opaque
+from dpbitfit_fx.passes import facts, opaque, torch_private
 from dpbitfit_fx.passes.opaque import HELD, PACKED_LINEAR, holding
 from dpbitfit_fx.passes.torch_private import LINEAR, LINEAR_ADD, pack_linear_weight
 
@@ -62,6 +63,33 @@ def test_fit_through_inductor_ends_where_the_eager_run_ends() -> None:
     assert all(torch.allclose(ours[name], eager[name], atol=1e-4) for name in eager)
     assert results[0].epsilon == results[1].epsilon
     assert results[0].statement.backend == "pytorch inductor"
+
+
+@needs_compiler
+@pytest.mark.parametrize("fails", [False, True])
+def test_inductor_is_asked_once_what_the_cpu_can_do_before_it_is_needed(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It builds and loads programs to find out, seconds in which the main thread has passes to run."""
+    asked, at_once = [], threading.Event()
+    real = torch._inductor.cpu_vec_isa.pick_vec_isa
+
+    def ask() -> Any:
+        if threading.current_thread().name == "look_for_vector_units":
+            asked.append(1)
+            at_once.set()
+            if fails:
+                raise OSError("no room for the program")
+        return real()
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", ask)
+    torch_private.look_for_vector_units.cache_clear()
+    given = mlp(), mlp_loss, (torch.zeros(4, 4), torch.zeros(4, dtype=torch.long))
+    dpb.compile(*given, backend="eager")
+    assert not asked
+    for _ in range(2):
+        dpb.compile(*given, backend="inductor")
+    assert at_once.wait(10) and asked == [1]
 
 
 def test_without_a_compiler_inductor_is_refused_and_the_way_out_named(monkeypatch: pytest.MonkeyPatch) -> None:
