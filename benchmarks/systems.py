@@ -307,10 +307,6 @@ SYSTEMS: dict[str, System] = {
     ),
     "ours-onnx": System(in_onnxruntime, "**ours**, ONNX Runtime", cuda=False),
     "ours-frugal": System(lambda c: _ours(c, memory_budget=0.45), "**ours**, eager, `memory_budget=0.45`"),
-    "ours-inductor-bf16-frugal": System(
-        lambda c: _ours(c, backend="inductor", precision="bf16", memory_budget=0.5),
-        "**ours**, Inductor, `precision=\"bf16\"`, `memory_budget=0.5`",
-    ),
     "ours-unpacked": System(lambda c: _ours(c, disable="packed_weights"), "**ours**, eager, without packed weights"),
     "ours-unshared": System(lambda c: _ours(c, disable="in_place"), "**ours**, eager, without writing in place"),
     "ours-unclipped": System(unclipped, "ours without DP (no clip, no noise)"),

@@ -436,16 +436,15 @@ def compile(  # the name users of torch.compile expect
     (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
     ``"saved_inputs"`` (what the backward pass does not need is not kept for it), ``"recompute"`` (below),
     ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()`` tells
-    its size), ``"bf16_attention"`` and ``"bf16_kept"`` (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA
+    its size), ``"in_place"`` (eager mode writes over what nobody reads afterwards), ``"bf16_attention"`` and ``"bf16_kept"`` (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA
     graph for each batch size). ``precision="bf16"`` multiplies with frozen weights in bfloat16,
     attends in it and, under Inductor, keeps in it what norms and products leave for the backward pass, unless that is
     disabled. All else is float32, the clip and its sums included: about half the time on a CPU that has such products, the
     same sensitivity, gradients rounded to about three digits.
     ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
     weights not counted. Below 1, values are computed again instead of kept, the cheapest first, until it is met; 0 asks for
-    the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. Inductor orders values by itself: with
-    ``precision="bf16"`` any budget below 1 computes the weights of attention again and no more, otherwise it is refused. Exports
-    run the graph without it.
+    the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. Inductor orders values by itself, and
+    refuses a budget below 1. Exports run the graph without it.
     ``dynamic_shapes`` says, as for ``torch.export``, which dimensions have the padded length, a **public** number:
     ``{"input_ids": {1: T}, "attention_mask": {1: T}}`` with ``T = torch.export.Dim("T", min=8, max=128)``. One graph then
     serves every length from min to max; by default the length is that of ``example_batch``.

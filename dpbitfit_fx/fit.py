@@ -37,7 +37,7 @@ from dpbitfit_fx.engine import Engine, build_engine, graph_hashes
 from dpbitfit_fx.errors import CompileRefused, DataError, DPBitFitError, PrivacyError, PrivacyWarning
 from dpbitfit_fx.files import ensure_output_folder
 from dpbitfit_fx.ledger import Ledger
-from dpbitfit_fx.lowering import check_lowering, recomputes_attention
+from dpbitfit_fx.lowering import check_lowering
 from dpbitfit_fx.optimizing import build_optimizer, build_schedule, optimizer_settings
 from dpbitfit_fx.output_folder import BIASES, CHECKPOINT, naming_statements, settle, statements_in, write_statement
 from dpbitfit_fx.passes import bias_slots
@@ -345,8 +345,6 @@ def fit(
                 **({"cache_frozen_prefix": True} if cache_frozen_prefix else {}),
                 **({"shard_frozen": True} if shard_frozen else {}),  # other bits than those of packed weights
                 **({"disable": disable} if disable else {}),
-                # Inductor joins what it computes again with what reads it, and rounds less between.
-                **({"memory_budget": "below 1"} if recomputes_attention(backend, memory_budget) else {}),
             }
             asked = [target_epsilon, noise_multiplier, delta]
 

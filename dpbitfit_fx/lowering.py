@@ -23,7 +23,7 @@ from .passes.joint_graph import JointGraph, Role
 from .passes.opaque import holding
 from .passes.opaque_weights import hide_weights
 from .passes.packing import Pack, pack, pack_weights
-from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, ROUNDING_AGAIN, run
+from .passes.pipeline import LOWERING, OPTIONS, ROUNDING, run
 from .passes.sharded_weights import Shard, shard_weights
 from .passes.torch_private import at_one_place, has_bfloat16_products, look_for_vector_units, of_any_size, own
 
@@ -49,17 +49,10 @@ def check_lowering(
             f"memory_budget is {memory_budget!r}: give a number from 0 (the least memory that can be had) to 1 (the default: no "
             "value is computed twice)."
         )
-    again = recomputes_attention(backend, memory_budget)
-    if again and precision != "bf16":
+    if backend == "inductor" and memory_budget < 1.0:
         raise CompileRefused(
             "memory_budget below 1 chooses by the order in which backend='eager' runs the nodes; Inductor fuses and orders them "
-            "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager', or precision='bf16', where "
-            "Inductor computes the weights of attention again."
-        )
-    if again and "bf16_attention" in disable:
-        raise CompileRefused(
-            "memory_budget below 1 with backend='inductor' computes the weights of attention in bfloat16 again, and "
-            "'bf16_attention' is disabled. Leave it on, or memory_budget at 1."
+            "anew, and its peak would be another. Leave memory_budget at 1, or use backend='eager'."
         )
     if backend == "inductor" and not any(
         shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c
@@ -87,11 +80,6 @@ def check_lowering(
                 "precision='bf16' needs a torch with oneDNN and a CPU that multiplies bfloat16 (AVX512_BF16 or AMX): on "
                 "this machine it would be slower than float32. Use precision='float32'."
             )
-
-
-def recomputes_attention(backend: str, memory_budget: float) -> bool:
-    """What a budget means for Inductor, which orders nodes by itself; eager mode has :mod:`passes.recompute`."""
-    return backend == "inductor" and memory_budget < 1.0
 
 
 def prepare(backend: str, device: torch.device = CPU) -> None:
@@ -256,10 +244,7 @@ class Lowered:
         self, partial: JointGraph, backend: str, disable: Collection[str] = (), precision: str = "float32"
     ) -> None:
         check_lowering(backend, disable, precision, device=partial.device)
-        budget = 1.0 if partial.source is None else partial.source.memory_budget
-        again = recomputes_attention(backend, budget) and "recompute" not in disable
-        rounding = () if precision != "bf16" else ROUNDING_AGAIN if again else ROUNDING
-        disable = (*disable, "recompute") if again else disable
+        rounding = ROUNDING if precision == "bf16" else ()
         packed, kept, graphs, in_place = (
             name not in disable for name in ("packed_weights", "bf16_kept", "cuda_graphs", "in_place")
         )

@@ -19,7 +19,7 @@ from torch import fx
 
 from dpbitfit_fx.errors import ExportError
 from dpbitfit_fx.onnx_operators import OPERATORS, UNSUPPORTED
-from dpbitfit_fx.passes.bf16_attention import LOWEST
+from dpbitfit_fx.passes.block_attention import LOWEST
 from dpbitfit_fx.passes.unify import where
 
 aten = torch.ops.aten

@@ -1,22 +1,18 @@
 """Lowering, ``precision="bf16"``: attention is rounded to bfloat16 as the products around it are.
 
-On the CPU torch's fused kernel gains nothing from bfloat16 on short sequences: its blocks are too small for the products, and its
-backward is up to four times slower than in float32. There it becomes what it was fused from, six products in bfloat16:
+On the CPU torch's fused kernel gains little from bfloat16: its products are too small, and its backward is up to four
+times slower than in float32 on short sequences. There it becomes products again, a block of heads at a time:
 
-    Q, K, V = bf16(scale q), bf16(k), bf16(v)      [M H, T, d], [M H, S, d], [M H, S, d]
-    P   = softmax(Q Kt + mask)                     [M H, T, S]          kept for the backward pass, in bfloat16
-    out = P V                                      [M H, T, d]
-    dV  = Pt go    dS = P (go Vt - sum_s P go Vt)    dQ = scale dS K    dK = dSt Q
+    Q, K, V = bf16(scale q), bf16(k), bf16(v)                    [M H, T, d], [M H, S, d], [M H, S, d]
+    out = float32(attend(Q, K, V, mask))                         [M, H, T, d]         :mod:`passes.block_attention`
+    dQ, dK, dV = attend_backward(bf16(go), Q, K, V, mask)        dq = scale float32(dQ)
 
 A row of scores that is masked whole (padding before a causal sequence) gives zero and takes no gradient; the fused kernel
-gives zero, and its backward takes such a row for ones, which shows only if somebody reads it. From ``LONG`` on the kernel
-stays and reads bfloat16; in between it stays as it was. Products add up in float32 and round their result, softmax works
-in float32. What attention reads and gives is float32 as before, and so is every per-sample sum behind it.
-Where each is fastest was measured on Zen 4 (AVX512_BF16): products take 0.5 of the fused kernel's time at T = 128, and as
-much at T = 6 d, from where their scores no longer fit the caches.
-
-``again=True`` keeps no P: the backward pass works it out once more from Q and K, one product more of six. For Inductor, which
-would otherwise see that both are one, or work it out early; ``held_until`` keeps them apart.
+gives zero, and its backward takes such a row for ones, which shows only if somebody reads it. Where a head has more than ``LONG``
+scores the kernel stays and reads bfloat16. What attention reads and gives is float32 as before, and so is every
+per-sample sum behind it.
+Measured on Zen 4 (AVX512_BF16), d = 32: blocks take 0.48 of the better kernel's time at T = 128, 0.64 to 0.86 at T = 256 to 2048,
+and as much at T = 4096.
 
 On CUDA the kernel that takes float32 (memory-efficient) stays at every length and reads bfloat16.
 """
@@ -32,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from .block_attention import ATTEND, ATTEND_BACKWARD, LOWEST
 from .joint_graph import DynamicLength, Extent, JointGraph, copy_graph, finish
-from .opaque import HELD_UNTIL
 from .torch_private import argument_names, arguments
 from .views import VIEWS, seen_as, shown_by
 
@@ -44,22 +40,20 @@ EFFICIENT = aten._scaled_dot_product_efficient_attention.default
 CALLS = {FORWARD: BACKWARD, EFFICIENT: aten._scaled_dot_product_efficient_attention_backward.default}
 MASKS = ("attn_mask", "attn_bias")  # what an operator calls it
 SPREAD = {*VIEWS, aten.expand.default, aten.slice.Tensor, aten.constant_pad_nd.default}  # how a mask is laid out for a kernel
-SHORT = 6  # times d: up to here products
-LONG = 512  # from here on the fused kernel in bfloat16
-HOW = {"products": "as products", "fused": "by the fused kernel"}
-LOWEST = -1e30  # of a mask: added to any score it leaves only itself, and no infinity
+LONG = 2**23  # scores of a head
+HOW = {"blocks": "in blocks", "fused": "by the fused kernel"}
 
 
-def round_attention(joint: JointGraph, again: bool = False) -> JointGraph:
+def round_attention(joint: JointGraph) -> JointGraph:
     """The same attention in bfloat16; the report says how many of which kind."""
     graph, _ = copy_graph(joint.module)
     lengths = None if joint.source is None else joint.source.length
-    writer = _Writer(graph, again)
-    done = {"products": 0, "fused": 0}
+    writer = _Writer(graph)
+    done = {"blocks": 0, "fused": 0}
     made: dict[fx.Node, _Made] = {}
     for node in list(graph.nodes):
         if node.target in CALLS and (kind := _kind(node, lengths)):
-            made[node] = (writer.products if kind == "products" else writer.fused)(node)
+            made[node] = (writer.blocks if kind == "blocks" else writer.fused)(node)
             done[kind] += 1
     order = {node: at for at, node in enumerate(graph.nodes)}
     for node in [n for n in order if n.target in CALLS.values()]:
@@ -70,16 +64,12 @@ def round_attention(joint: JointGraph, again: bool = False) -> JointGraph:
             made[max(calls, key=order.__getitem__)].backward(node)
     for node, forward in made.items():
         writer.replace(node, forward.results)
-    notes = tuple(
-        f"attention in bfloat16: {n} {HOW[kind]}{', weights computed again' if again and kind == 'products' else ''}"
-        for kind, n in done.items()
-        if n
-    )
+    notes = tuple(f"attention in bfloat16: {n} {HOW[kind]}" for kind, n in done.items() if n)
     return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
 
 
 def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
-    """``products``, ``fused`` or empty: left as it is. Where T is not one number, its longest decides."""
+    """``blocks``, ``fused`` or empty: left as it is. Where T is not one number, its longest decides."""
     given = arguments(node)
     q, k, mask = given["query"], given["key"], _mask_of(given)
     shapes = [x.meta.get("shape") for x in (q, k)]
@@ -91,11 +81,9 @@ def _kind(node: fx.Node, lengths: DynamicLength | None) -> str:
     dynamic = isinstance(t, Extent) or isinstance(s, Extent)
     if given["dropout_p"] or heads != others or isinstance(heads, Extent) or isinstance(d, Extent):
         return ""
-    if dynamic and given["is_causal"]:
-        return ""
-    if _longest(t, lengths) * _longest(s, lengths) <= (SHORT * d) ** 2:
-        return "products"
-    return "fused" if not dynamic and s >= LONG else ""
+    if _longest(t, lengths) * _longest(s, lengths) < LONG:
+        return "blocks"
+    return "" if dynamic else "fused"
 
 
 def _mask_of(given: dict[str, Any]) -> Any:
@@ -118,8 +106,8 @@ class _Made(NamedTuple):
 
 
 class _Writer:
-    def __init__(self, graph: fx.Graph, again: bool) -> None:
-        self.graph, self.again = graph, again
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         self.masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -140,7 +128,7 @@ class _Writer:
             self.graph.erase_node(user)
         self.graph.erase_node(node)
 
-    def products(self, node: fx.Node) -> _Made:
+    def blocks(self, node: fx.Node) -> _Made:
         given = arguments(node)
         query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
         _, heads, _, d = query.meta["shape"]
@@ -149,31 +137,16 @@ class _Writer:
         def rows(x: fx.Node, length: Any) -> fx.Node:
             return self.call(aten.reshape.default, x, [-1, length, d])
 
-        def turned(x: fx.Node) -> fx.Node:
-            return self.call(aten.transpose.int, x, 1, 2)
-
-        def apart(x: fx.Node, length: Any, width: Any) -> fx.Node:
-            return self.call(aten.reshape.default, x, [-1, heads, length, width])
-
-        def weights(q: fx.Node) -> fx.Node:
-            scores = self.call(aten.bmm.default, q, turned(k))
-            if order is not None:
-                scores = self.call(aten.add.Tensor, scores, order)
-            if finite is not None:
-                scores = self.call(aten.add.Tensor, apart(scores, t, s), finite)
-                scores = self.call(aten.reshape.default, scores, [-1, t, s])
-            result = self.call(aten._softmax.default, scores, -1, False)
-            result.meta["dtype"] = torch.bfloat16
-            return result
+        def apart(x: fx.Node, length: Any) -> fx.Node:
+            return self.call(aten.reshape.default, self.widen(x), [-1, heads, length, d])
 
         with self.graph.inserting_before(node):
             t, s = self.length(query), self.length(key)
             q = rows(self.round(self.call(aten.mul.Scalar, query, scale)), t)
             k, v = rows(self.round(key), s), rows(self.round(value), s)
             finite, dead = (None, None) if mask is None else self.mask(mask)
-            order = self.causal(t, s) if given["is_causal"] else None
-            p = weights(q)
-            out = apart(self.widen(self.call(aten.bmm.default, p, v)), t, d)
+            rest = q, k, v, finite, heads, bool(given["is_causal"])
+            out = apart(self.call(ATTEND, *rest), t)
             if dead is not None:
                 out = self.call(aten.masked_fill.Scalar, out, dead, 0.0)
 
@@ -182,14 +155,10 @@ class _Writer:
                 go: Any = reader.args[0]
                 if dead is not None:
                     go = self.call(aten.masked_fill.Scalar, go, dead, 0.0)
-                g = rows(self.round(go), t)
-                kept = weights(self.call(HELD_UNTIL, q, g)) if self.again else p
-                dp = self.call(aten.bmm.default, g, turned(v))
-                ds = self.call(aten._softmax_backward_data.default, dp, kept, -1, torch.bfloat16)
-                dq = self.call(aten.mul.Scalar, self.widen(self.call(aten.bmm.default, ds, k)), scale)
-                dk = self.widen(self.call(aten.bmm.default, turned(ds), q))
-                dv = self.widen(self.call(aten.bmm.default, turned(kept), g))
-                self.replace(reader, [apart(dq, t, d), apart(dk, s, d), apart(dv, s, d)])
+                grads = self.call(ATTEND_BACKWARD, rows(self.round(go), t), *rest)
+                dq, dk, dv = (self.call(operator.getitem, grads, i) for i in range(3))
+                scaled = self.call(aten.mul.Scalar, apart(dq, t), scale)
+                self.replace(reader, [scaled, apart(dk, s), apart(dv, s)])
 
         return _Made([out], backward)
 
@@ -197,11 +166,6 @@ class _Writer:
         """T of ``[M, H, T, d]``."""
         size = x.meta["shape"][2]
         return self.call(aten.sym_size.int, x, 2) if isinstance(size, Extent) else size
-
-    def causal(self, t: int, s: int) -> fx.Node:
-        """[T, S]: LOWEST above the diagonal, where a query would look ahead."""
-        full = self.call(aten.full.default, [t, s], LOWEST, dtype=torch.bfloat16)
-        return self.call(aten.triu.default, full, 1)
 
     def mask(self, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The mask in bfloat16 without infinities, and [.., T or 1, 1] bool: rows that are masked whole."""

@@ -1,17 +1,14 @@
-"""Lowering for torch.compile, ``precision="bf16"``: norms, gradients and scores lie in memory in bfloat16 and in nothing wider.
+"""Lowering for torch.compile, ``precision="bf16"``: what the backward pass reads of norms and gradients is kept in bfloat16.
 
     norm backward      dx = r (g w - mean(g w) - n mean(g w n))          n = float32(held(bf16((x - m) r)))  [.., d]
     a bias's gradient  sum_t g                ->        sum_t float32(bf16(g))          g [B, T, n] that a product reads in bf16
-    attention          softmax(s + mask)      ->        softmax'(s + held(mask))        s [M H, T, S], of bf16_attention
 
 The first keeps the normalised input, two bytes an entry, instead of the input itself, four; mean m, inverse deviation r [.., 1]
 and all arithmetic stay float32. The second reads what the product of the backward pass reads anyway, so that g is written
 once, in bfloat16, and not in float32 beside it; entries are added up in float32 as before. Both round entries to three digits,
 as the products around them do; the row [B, D] that is clipped is the very row that is summed.
 
-``held`` copies and is opaque: a backend would work the cast out where it is read, and keep x. softmax' is torch's own kernel,
-opaque too: fused with its mask, Inductor writes exp(s) out in float32 and reads it twice, in 2.7 times the time at T = 128, and
-works the mask out again for every head of every layer.
+``held`` copies and is opaque: a backend would work the cast out where it is read, and keep x.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import torch
 from torch import fx
 
 from .joint_graph import JointGraph, copy_graph, finish
-from .opaque import HELD, SOFTMAX
+from .opaque import HELD
 from .torch_private import LINEAR
 from .views import forward_pass, readers, seen_as, shown_by
 
@@ -32,20 +29,16 @@ aten = torch.ops.aten
 
 
 def keep_bfloat16(joint: JointGraph) -> JointGraph:
-    """The same sums from fewer bytes; the report says of how many norms, gradients and softmaxes."""
+    """The same sums from fewer bytes; the report says of how many norms and gradients."""
     graph, _ = copy_graph(joint.module)
     forward = forward_pass(graph)
-    done, softmaxes = {"norms": 0, "gradients": 0}, 0
+    done = {"norms": 0, "gradients": 0}
     for node in list(graph.nodes):
         if node.target is aten.native_layer_norm_backward.default:
             done["norms"] += _norm(graph, node, forward)
         elif node.target is aten.sum.dim_IntList and node not in forward:
             done["gradients"] += _sum(graph, node)
-        elif node.target is aten._softmax.default and node.meta.get("dtype") is torch.bfloat16:
-            _softmax(graph, node)
-            softmaxes += 1
     notes = tuple(f"kept in bfloat16: what {n} {what} leave for the backward pass" for what, n in done.items() if n)
-    notes += (f"{softmaxes} softmaxes of attention by torch's own kernel",) if softmaxes else ()
     return dataclasses.replace(joint, module=finish(graph), optimized=(*joint.optimized, *notes)) if notes else joint
 
 
@@ -89,19 +82,6 @@ def _norm(graph: fx.Graph, node: fx.Node, forward: set[fx.Node]) -> bool:
         graph.erase_node(reader)
     graph.erase_node(node)
     return True
-
-
-def _softmax(graph: fx.Graph, node: fx.Node) -> None:
-    scores: Any = node.args[0]
-    masked: Any = shown_by(scores)
-    if masked.target is aten.add.Tensor and masked.args[1].target is not HELD:
-        mask = masked.args[1]
-        with graph.inserting_after(mask):
-            held = graph.call_function(HELD, (mask,))
-        mask.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
-    with graph.inserting_before(node):
-        node.replace_all_uses_with(graph.call_function(SOFTMAX, (scores,)))
-    graph.erase_node(node)
 
 
 def _sum(graph: fx.Graph, node: fx.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -56,8 +55,6 @@ LOWERING = (
 )
 # With precision="bf16", behind the lowerings that keep every bit.
 ROUNDING = (Pass("bf16_attention", round_attention, needs=frozenset({Fact.PARTIAL}), option="bf16_attention"),)
-# For Inductor within a memory budget, which orders nodes by itself: the one value that is worth it.
-ROUNDING_AGAIN = tuple(dataclasses.replace(p, run=functools.partial(round_attention, again=True)) for p in ROUNDING)
 OPTIONS = tuple(item.option for item in (*PIPELINE, *LOWERING, *ROUNDING) if item.option)
 # The meaning is checked once per model; what follows runs again for every noise.
 MEANING = 1 + [item.name for item in PIPELINE].index("check_meaning")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fit_cases import Crash, crash_at, mlp, mlp_loss, run
+from fit_cases import mlp, mlp_loss
 from memory import peak_bytes
 from torch import Tensor, nn
 
@@ -18,9 +17,9 @@ import dpbitfit_fx as dpb
 from dpbitfit_fx import lowering
 from dpbitfit_fx.fit import fit
 from dpbitfit_fx.lowering import Lowered
-from dpbitfit_fx.passes import bf16_attention, bf16_kept, facts
-from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD, round_attention
-from dpbitfit_fx.passes.opaque import HELD, HELD_UNTIL, SOFTMAX
+from dpbitfit_fx.passes import bf16_attention, block_attention, facts
+from dpbitfit_fx.passes.bf16_attention import BACKWARD, FORWARD
+from dpbitfit_fx.passes.block_attention import ATTEND, ATTEND_BACKWARD
 
 aten = torch.ops.aten
 HEADS, WIDTH = 2, 64
@@ -98,14 +97,13 @@ def row(step: dpb.PrivateStep, batch: dict[str, Tensor], at: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_short_attention_is_six_products_whose_rows_stay_close_to_float32(kind: str) -> None:
+def test_attention_goes_in_blocks_and_its_rows_stay_close_to_float32(kind: str) -> None:
     model = attend(kind)
     rounded, exact = compiled(model), compiled(model, precision="float32")
     assert attention(rounded) == [] and len(attention(exact)) == 2
-    assert "attention in bfloat16: 1 as products" in rounded.report().optimized
-    products = [n for n in rounded._lowered.joint.module.graph.nodes if n.target is aten.bmm.default]
-    others = [n for n in exact._lowered.joint.module.graph.nodes if n.target is aten.bmm.default]
-    assert len(products) == 6 + len(others)
+    assert "attention in bfloat16: 1 in blocks" in rounded.report().optimized
+    found = [n.target for n in rounded._lowered.joint.module.graph.nodes]
+    assert found.count(ATTEND) == found.count(ATTEND_BACKWARD) == 1
     for size in (1, 3, 8):
         batch = records(size)
         for at in range(size):
@@ -113,7 +111,7 @@ def test_short_attention_is_six_products_whose_rows_stay_close_to_float32(kind: 
             assert torch.cosine_similarity(ours, theirs, dim=0) >= 0.999, (size, at)
 
 
-def test_without_its_own_rounding_attention_as_products_is_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_own_rounding_attention_in_blocks_is_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rewrite in float32: what bfloat16 hides from the test above would show here."""
     real = bf16_attention._Writer.call
 
@@ -133,8 +131,9 @@ def test_without_its_own_rounding_attention_as_products_is_the_fused_kernels(mon
             assert torch.allclose(row(ours, batch, at), row(theirs, batch, at), atol=1e-5), (kind, at)
 
 
-def test_long_attention_is_the_fused_kernel_in_bfloat16() -> None:
+def test_long_attention_is_the_fused_kernel_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attend("padded")
+    monkeypatch.setattr(bf16_attention, "LONG", 512 * 512)
     rounded, exact = compiled(model, 512), compiled(model, 512, precision="float32")
     assert "attention in bfloat16: 1 by the fused kernel" in rounded.report().optimized
     forward, backward = attention(rounded)
@@ -142,13 +141,6 @@ def test_long_attention_is_the_fused_kernel_in_bfloat16() -> None:
     batch = records(3, 512)
     for at in range(3):
         assert torch.cosine_similarity(row(rounded, batch, at), row(exact, batch, at), dim=0) >= 0.999
-
-
-def test_in_between_it_stays_as_it_was() -> None:
-    step = compiled(attend(), 256)
-    forward, _ = attention(step)
-    assert not any(x.kwargs.get("dtype") is torch.bfloat16 for x in forward.args[:3])
-    assert not any("attention" in line for line in step.report().optimized)
 
 
 def stack(length: int, **options: Any) -> dpb.PrivateStep:
@@ -171,78 +163,18 @@ def stack(length: int, **options: Any) -> dpb.PrivateStep:
     return compiled(Layers(), length, trainable=["layers.*.q.bias", "layers.*.out.bias", "head.*"], **options)
 
 
-def test_its_weights_computed_again_are_the_same_bits() -> None:
-    model, batch = attend("left"), records(4)
-    kept = compiled(model)
-    runner = lowering._Runner(round_attention(kept.partial, again=True), lowering.How(precision="bf16"))
-    assert [n.target for n in runner.joint.module.graph.nodes].count(HELD_UNTIL) == 1
-    facts.partial(runner.joint)
-    for mask in torch.eye(4):
-        (found,) = runner(list(batch.values()), mask, kept.zero_accumulator())
-        assert torch.equal(found, kept.accumulate(batch, mask, kept.zero_accumulator()))
-
-
-@pytest.mark.parametrize("kind", ["plain", "causal", "left", "biased"])
-def test_for_inductor_the_softmax_is_torchs_own_and_a_mask_is_worked_out_once(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fused with its mask it would write float32 weights out between two loops."""
-    monkeypatch.setattr(bf16_kept, "_sum", lambda graph, node: False)  # that one rounds
-    step, batch = compiled(attend(kind)), records(4)
-    wanted = [row(step, batch, at) for at in range(4)]
-    runner = step._lowered.runner
-    runner.joint = bf16_kept.keep_bfloat16(runner.joint)
-    runner.load(runner.joint)
-    facts.partial(runner.joint)
-    found = [n.target for n in runner.joint.module.graph.nodes]
-    assert found.count(SOFTMAX) == 1 and aten._softmax.default not in found
-    assert found.count(HELD) == (kind != "plain")
-    for at in range(4):
-        assert torch.equal(row(step, batch, at), wanted[at])
-
-
-def test_layers_that_share_a_mask_share_what_is_held_of_it() -> None:
-    joint = bf16_kept.keep_bfloat16(stack(8)._lowered.joint)
-    found = [n.target for n in joint.module.graph.nodes]
-    assert found.count(SOFTMAX) == 4 and found.count(HELD) == 1
-
-
-def test_a_softmax_in_float32_is_left_to_inductor() -> None:
-    joint = compiled(attend("padded"), precision="float32", disable=["refusion"])._lowered.joint
-    assert SOFTMAX not in [n.target for n in bf16_kept.keep_bfloat16(joint).module.graph.nodes]
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_within_a_budget_inductor_keeps_none_of_them() -> None:
-    length, size = 128, 8
-    kept, less = (stack(length, backend="inductor", memory_budget=budget) for budget in (1.0, 0.5))
-    assert "attention in bfloat16: 4 as products, weights computed again" in less.report().optimized
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_no_weights_of_attention_are_kept(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    length, size = 256, 8
+    monkeypatch.setattr(block_attention, "BLOCK", length * length)
+    step = stack(length, backend=backend)
     batch, mask = records(size, length), torch.ones(size)
-    sums, peaks = [], []
-    for step in (kept, less):
-        once = functools.partial(step.accumulate, batch, mask, step.zero_accumulator())
-        sums.append(once())
-        peaks.append(peak_bytes(once))
-    assert torch.cosine_similarity(sums[0], sums[1], dim=0) >= 0.9999
-    weights = 2 * size * HEADS * length * length  # of one layer
-    assert peaks[1] <= peaks[0] - 2 * weights, (peaks, weights)
-
-
-def test_a_budget_of_inductor_needs_what_it_computes_again() -> None:
-    with pytest.raises(dpb.CompileRefused, match="'bf16_attention' is disabled"):
-        compiled(attend(), backend="inductor", memory_budget=0.5, disable=["bf16_attention"])
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize(("then", "charged"), [(0.5, 0), (0.4, 0), (1.0, 1)])
-def test_a_run_of_inductor_that_goes_on_without_its_budget_pays_for_the_step_it_lost(
-    then: float, charged: int, tmp_path: Path
-) -> None:
-    """It is the same up to rounding, and two roundings under one noise would show their difference."""
-    options: dict[str, Any] = {"backend": "inductor", "precision": "bf16", "max_steps": 6}
-    with pytest.raises(Crash):
-        run(tmp_path, **options, memory_budget=0.5, callbacks=[crash_at(4)])
-    assert run(tmp_path, **options, memory_budget=then).charged_steps == charged
+    once = functools.partial(step.accumulate, batch, mask, step.zero_accumulator())
+    once()
+    weights = 2 * size * HEADS * length * length  # of one of four layers
+    assert peak_bytes(once) <= 3 * weights
 
 
 def test_disabled_by_its_name_it_stays_as_it_was() -> None:
@@ -254,9 +186,12 @@ def between(shortest: int, longest: int) -> dict[str, Any]:
     return {"dynamic_shapes": {"x": {1: size}, "real": {1: size}}}
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded", "left"])
-def test_one_graph_for_every_length_rounds_attention_where_the_longest_is_short(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "causal", "padded", "left"])
+def test_one_graph_for_every_length_rounds_attention_where_the_longest_is_short(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = attend(kind)
+    monkeypatch.setattr(bf16_attention, "LONG", 256 * 256)
     rounded, exact = (compiled(model, 16, precision=p, **between(4, 16)) for p in ("bf16", "float32"))
     assert attention(rounded) == [] and len(attention(exact)) == 2
     for length in (4, 7, 16):
@@ -266,10 +201,9 @@ def test_one_graph_for_every_length_rounds_attention_where_the_longest_is_short(
     assert len(attention(compiled(attend(), 16, **between(4, 256)))) == 2
 
 
-def test_float64_and_a_causal_mask_of_no_fixed_length_are_left_alone() -> None:
+def test_float64_is_left_alone() -> None:
     wide = dpb.compile(attend(dtype=torch.float64), loss, records(3, dtype=torch.float64), precision="bf16")
     assert len(attention(wide)) == 2
-    assert len(attention(compiled(attend("causal"), 16, **between(4, 16)))) == 2
 
 
 def test_the_sensitivity_is_the_clipping_norm_also_where_attention_overflows() -> None:
