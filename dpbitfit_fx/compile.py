@@ -436,9 +436,10 @@ def compile(  # the name users of torch.compile expect
     (fewer, fatter operators), ``"dead_tokens"`` (rows of activations that nobody reads are not computed),
     ``"saved_inputs"`` (what the backward pass does not need is not kept for it), ``"recompute"`` (below),
     ``"packed_weights"`` (a second copy of the frozen weights in the layout that the CPU multiplies fastest; ``report()`` tells
-    its size), ``"in_place"`` (eager mode writes over what nobody reads afterwards), ``"bf16_attention"`` and ``"bf16_kept"`` (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA
-    graph for each batch size). ``precision="bf16"`` multiplies with frozen weights in bfloat16,
-    attends in it and, under Inductor, keeps in it what norms and products leave for the backward pass, unless that is
+    its size), ``"in_place"`` (eager mode writes over what nobody reads afterwards), ``"bf16_attention"`` and ``"bf16_kept"``
+    (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA graph for each batch size).
+    ``precision="bf16"`` multiplies with frozen weights in bfloat16, attends in it and, under Inductor, keeps in it what norms
+    and products leave for the backward pass, unless that is
     disabled. All else is float32, the clip and its sums included: about half the time on a CPU that has such products, the
     same sensitivity, gradients rounded to about three digits.
     ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
