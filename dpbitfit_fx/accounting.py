@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_checkable
 
-from dpbitfit_fx.errors import PrivacyError
+from dpbitfit_fx.errors import PrivacyError, PrivacyWarning
 from dpbitfit_fx.sampling import PoissonSampler, poisson_gaussian_event
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ KIND: Final = "poisson_subsampled_gaussian"
 SMALLEST_DELTA: Final = 1e-10
 _LARGEST_NOISE: Final = 2.0**20
 _SMALLEST_NOISE: Final = 2.0**-10
+# Beyond tier 2 of Ponomareva et al., "How to DP-fy ML", JAIR 2023, twice over: e^20 is half a billion.
+_WEAK_EPSILON: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,26 @@ def epsilon_of_phases(
     sigma = _check_noise(noise_multiplier)
     own = [(sampler.sample_rate, sigma, _charged(charged, 0)) for sampler, charged in phases]
     return _finite(_epsilon(_plan(own, resolve_prior(prior)), delta), delta)
+
+
+def warn_of_extremes(epsilon: float, noise_multiplier: float, samplers: Sequence[PoissonSampler]) -> None:
+    """Warns (PrivacyWarning) before a run that protects next to nothing, and before one that can learn nothing."""
+    if epsilon > _WEAK_EPSILON:
+        warnings.warn(
+            f"Epsilon will be {epsilon:,.0f}, earlier runs on these records included: so large a number promises next to nothing "
+            f"(8 is common, 1 is strong). noise_multiplier is {noise_multiplier:.4g}; raise it, or give target_epsilon instead.",
+            PrivacyWarning,
+            stacklevel=3,
+        )
+    expected = max(sampler.expected_batch_size for sampler in samplers)
+    if noise_multiplier >= expected:
+        warnings.warn(
+            f"noise_multiplier is {noise_multiplier:.4g}: in every single number that is released, noise outweighs all that "
+            f"{expected:.4g} records (expected_batch_size) can add up to, so nothing will be learnt. The privacy budget is small "
+            "or, with earlier runs on these records, nearly spent: raise target_epsilon, or train on other records.",
+            PrivacyWarning,
+            stacklevel=3,
+        )
 
 
 def epsilon_of_runs(runs: Iterable[PriorRun], target_delta: float) -> float:

@@ -27,6 +27,7 @@ from dpbitfit_fx.accounting import (
     format_epsilon,
     resolve_prior,
     solve_noise_multiplier,
+    warn_of_extremes,
 )
 from dpbitfit_fx.arguments import check_arguments, device_of, names_in
 from dpbitfit_fx.averaging import check_average_from
@@ -263,7 +264,8 @@ def fit(
                 with naming_statements(folder, found):
                     sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
             # Asked for once before anything is trained: it also tells whether the noise suffices for a finite epsilon.
-            epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+            planned_epsilon = epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+            warn_of_extremes(planned_epsilon, sigma, samplers)
             run_id = new_run_id()
             own = store.run_id if store is not None and store.exists else run_id
             planned = [

@@ -289,7 +289,8 @@ class Lowered:
         shards = {i.target: shard_of(self._whole.state[i.target]) for i in self._whole.with_role(Role.FROZEN)}
         joint, order = shard_weights(self._whole, {n: shard for n, shard in shards.items() if shard is not None})
         facts.partial(joint)
-        return _Runner(joint, How(packed=False)), tuple(id(self._whole.state[n]) for n in order)
+        how = dataclasses.replace(self._how, packed=False)
+        return _Runner(joint, how), tuple(id(self._whole.state[n]) for n in order)
 
     def run_as(self, runner: _Runner) -> None:
         """What runs from now on: of :meth:`sharded`."""

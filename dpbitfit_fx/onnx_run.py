@@ -22,7 +22,14 @@ from typing import Any
 import torch
 
 import dpbitfit_fx
-from dpbitfit_fx.accounting import Prior, check_target_delta, epsilon_of_phases, resolve_prior, solve_noise_multiplier
+from dpbitfit_fx.accounting import (
+    Prior,
+    check_target_delta,
+    epsilon_of_phases,
+    resolve_prior,
+    solve_noise_multiplier,
+    warn_of_extremes,
+)
 from dpbitfit_fx.batching import ItemLayout
 from dpbitfit_fx.biases import fingerprints
 from dpbitfit_fx.engine import graph_hashes, one_for_every_length
@@ -159,7 +166,8 @@ def export_run(
     if sigma is None:
         assert target_epsilon is not None
         sigma = solve_noise_multiplier(samplers, target_epsilon, delta, runs)
-    epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+    epsilon = epsilon_of_phases([(sampler, sampler.steps) for sampler in samplers], sigma, delta, runs)
+    warn_of_extremes(epsilon, sigma, samplers)
 
     batches = ItemLayout.build(example_batch, padded_lengths, is_example=True)
     compiled = _compiled(model, loss_fn, batches, phases, public_tensors)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dpbitfit_fx.passes import block_attention
-from dpbitfit_fx.passes.block_attention import ATTEND, ATTEND_BACKWARD
+from dpbitfit_fx.passes.block_attention import ATTEND, ATTEND_BACKWARD, LOWEST
+
+aten = torch.ops.aten
 
 M, H, T, S, D = 5, 3, 4, 6, 8
 MASKS: dict[str, tuple[int, ...] | None] = {
@@ -87,6 +89,32 @@ def test_nothing_of_one_record_is_found_in_another(
             others[own] = False
             for x, y in zip(before, ours(q2, k2, v2, g2, mask, False), strict=True):
                 assert torch.equal(x[others], y[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [1, 6, 33, 128, 1500, 5000])
+def test_torchs_softmax_and_its_gradient_may_write_over_what_they_read(dtype: torch.dtype, length: int) -> None:
+    """Undocumented, so it is asked of every torch that this runs on."""
+    generator = torch.Generator().manual_seed(length)
+    x, g = (torch.randn(7, 3, length, generator=generator).to(dtype) for _ in range(2))
+    p = torch.softmax(x, -1)
+    wanted = aten._softmax_backward_data(g, p, -1, dtype)
+    assert torch.equal(torch.softmax(x, -1, out=x), p)
+    assert torch.equal(aten._softmax_backward_data.out(g, p, -1, dtype, grad_input=g), wanted)
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 1, 70), (40, 2, 50, 70)])
+def test_many_heads_of_many_scores_go_in_blocks_of_the_usual_size(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, g = (torch.randn(80, 50, 16, generator=generator) for _ in range(2))
+    k, v = (torch.randn(80, 70, 16, generator=generator) for _ in range(2))
+    mask = torch.where(torch.rand(shape, generator=generator) < 0.3, LOWEST, 0.0)
+    found = ATTEND(q, k, v, mask, 2, False), *ATTEND_BACKWARD(g, q, k, v, mask, 2, False)
+    q4, k4, v4, g4 = (x.double().view(40, 2, *x.shape[1:]) for x in (q, k, v, g))
+    leaves = [x.requires_grad_() for x in (q4, k4, v4)]
+    out = (q4 @ k4.transpose(-1, -2) + mask).softmax(-1) @ v4
+    for ours, theirs in zip(found, (out, *torch.autograd.grad(out, leaves, g4)), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.flatten(0, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_they_are_what_torch_expects_of_an_operator() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sys
 import types
 import warnings
@@ -19,7 +20,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dpbitfit_fx.accounting import epsilon
-from dpbitfit_fx.errors import PrivacyError
+from dpbitfit_fx.errors import PrivacyError, PrivacyWarning
 from dpbitfit_fx.fit import StepInfo, fit
 from dpbitfit_fx.passes.clipping import AutomaticClipping
 from dpbitfit_fx.passes.numerics import noise_scale
@@ -261,6 +262,31 @@ def test_a_long_run_shows_epsilon_speed_and_time_left_on_standard_error(
     assert shown.out == "" and "epsilon <=" in shown.err and "steps/s" in shown.err
     run(None, progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"target_epsilon": None, "noise_multiplier": 0.05}, "Epsilon will be .* promises next to nothing"),
+        ({"target_epsilon": None, "noise_multiplier": 25.0}, r"noise outweighs all that 20 records .* nothing will be learnt"),
+        ({"target_epsilon": 8.0}, None),
+        ({"target_epsilon": 1.0}, None),
+    ],
+)
+def test_noise_that_protects_nothing_or_drowns_everything_is_told_before_the_run(
+    options: dict[str, Any], told: str | None
+) -> None:
+    def first(info: StepInfo) -> None:
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            run(None, max_steps=3, callbacks=[first], **options)
+    texts = [str(w.message) for w in caught if issubclass(w.category, PrivacyWarning)]
+    found = [t for t in texts if "next to nothing" in t or "be learnt" in t]
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])
 
 
 def test_two_runs_share_no_draw_and_no_noise() -> None:
