@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,14 @@ class FitResult:
     evaluation: step, epoch, epsilon (an upper bound) and what `eval_fn` returned.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     epsilon: float
     delta: float
     noise_multiplier: float
     steps: int
     history: list[dict[str, Any]]
     output_dir: Path | None
-    statement: PrivacyStatement
+    statement: PrivacyStatement = field(repr=False)
     charged_steps: int = 0
 
 

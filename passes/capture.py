@@ -27,6 +27,7 @@ from .exportable import Exportable
 from .functional_program import functional_program
 from .joint_graph import Input, JointGraph, Role, Source, finish
 from .lengths import any_length
+from .mixing import fails_anyway
 from .model_state import (
     dropout_as_asked,
     no_hidden_randomness,
@@ -114,7 +115,7 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
             if watch is not None and watch.refusal is not None:
                 raise watch.refusal from error
             place = user_line(error)
-            raise CompileRefused(
+            raise fails_anyway(source, tensors) or CompileRefused(
                 f"{type(source.model).__name__} could not be captured on one sample: {first_line(error)}.{place} "
                 "Values that steer Python (.item(), `if tensor:`, data-dependent sizes) have no graph; take the branch "
                 f"out of the model's forward or choose the model's own switch that avoids it.{advice(error, place)}"
@@ -126,8 +127,7 @@ def export_one(source: Source) -> torch.export.ExportedProgram:
 def capture(source: Source) -> JointGraph:
     """The joint graph ``(trainables, frozen, batch) -> (loss [B], per-sample gradients)`` for any batch size.
 
-    With ``source.length``, for any padded length too: from two captures.
-    """
+    With ``source.length``, for any padded length too, from two captures."""
     return _capture(source) if source.length is None else any_length(_capture, source)
 
 

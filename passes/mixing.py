@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import CompileRefused
+from .explain import first_line, user_line
 from .joint_graph import Source
 from .torch_private import is_fake, tree_flatten, tree_unflatten
 
@@ -36,6 +37,20 @@ def takes(source: Source, batch: list[torch.Tensor]) -> bool:
             return bool(user_loss(source, batch).isfinite().all())
     except Exception:  # the user's code may raise anything
         return False
+
+
+def fails_anyway(source: Source, batch: list[torch.Tensor]) -> CompileRefused | None:
+    """Why the user's own code cannot take this batch, with no capture at work; None if it runs."""
+    try:
+        with torch.no_grad():
+            user_loss(source, batch)
+    except Exception as error:
+        return CompileRefused(
+            f"{type(source.model).__name__} could not be captured on one sample: its own code does not take such a batch, with "
+            f"no capture at work either: {first_line(error)}.{user_line(error)} Look at the keys, shapes and dtypes of "
+            "example_batch, and at the entries that dynamic_shapes names, if any: loss_fn(model, batch) must run."
+        )
+    return None
 
 
 def close(a: torch.Tensor, b: torch.Tensor, coarse: torch.dtype = torch.float64) -> bool:

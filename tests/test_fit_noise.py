@@ -289,6 +289,11 @@ def test_noise_that_protects_nothing_or_drowns_everything_is_told_before_the_run
     assert told is None or re.search(told, found[0])
 
 
+def test_a_result_is_shown_in_a_line_without_its_model() -> None:
+    result = run(None, max_steps=1)
+    assert f"epsilon={result.epsilon}" in repr(result) and "Linear" not in repr(result) and len(repr(result)) < 300
+
+
 def test_two_runs_share_no_draw_and_no_noise() -> None:
     one = run(None, max_steps=1, insecure_seed_for_tests=None)
     other = run(None, max_steps=1, insecure_seed_for_tests=None)

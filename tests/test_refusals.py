@@ -360,3 +360,24 @@ def test_a_compiled_model_comes_back_as_it_was() -> None:
     step.clipped_sum(points(3))
     assert_untouched(model, before)
     assert step.model is model
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({"input": torch.zeros(3, 4), "y": torch.zeros(3).long()}, "KeyError: 'x'"),
+        ({"x": torch.zeros(3, 5), "y": torch.zeros(3).long()}, "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_an_example_that_the_users_own_code_does_not_take_is_told_as_just_that(batch: dict[str, Tensor], told: str) -> None:
+    """Not as code that steers Python by values."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+    with pytest.raises(dpb.CompileRefused) as refused:
+        dpb.compile(nn.Linear(4, 3), loss, batch)
+    message = str(refused.value)
+    assert "Linear could not be captured" in message and "no capture at work" in message
+    assert told in message and ", in loss: " in message
+    assert "keys, shapes and dtypes" in message and "steer Python" not in message
