@@ -45,7 +45,7 @@ def images(size: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def both(model: nn.Module, **options: Any) -> list[dpb.PrivateStep]:
-    return [dpb.compile(model, loss, images(), disable=off, **options) for off in ((), "saved_inputs")]
+    return [dpb.compile(model, loss, images(), disable=["in_place", *off], **options) for off in ([], ["saved_inputs"])]
 
 
 def stack() -> Stack:
