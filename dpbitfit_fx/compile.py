@@ -439,9 +439,8 @@ def compile(  # the name users of torch.compile expect
     its size), ``"in_place"`` (eager mode writes over what nobody reads afterwards), ``"bf16_attention"`` and ``"bf16_kept"``
     (below), ``"cuda_graphs"`` (Inductor on CUDA replays the step as one CUDA graph for each batch size).
     ``precision="bf16"`` multiplies with frozen weights in bfloat16, attends in it and, under Inductor, keeps in it what norms
-    and products leave for the backward pass, unless that is
-    disabled. All else is float32, the clip and its sums included: about half the time on a CPU that has such products, the
-    same sensitivity, gradients rounded to about three digits.
+    and products leave for the backward pass, unless that is disabled. All else is float32, the clip and its sums included:
+    about half the time on a CPU that has such products, the same sensitivity, gradients rounded to about three digits.
     ``memory_budget`` is a share of the most bytes of intermediate values that the step holds at once, inputs and packed
     weights not counted. Below 1, values are computed again instead of kept, the cheapest first, until it is met; 0 asks for
     the least that can be had. The same numbers, bit for bit; ``report()`` tells the peak. Inductor orders values by itself, and
@@ -455,8 +454,9 @@ def compile(  # the name users of torch.compile expect
     check_arguments(model, loss_fn, clipping)
     chosen = trainable if isinstance(trainable, str) else tuple(names_in(trainable, "trainable"))
     left_out, disable = tuple(names_in(exclude, "exclude")), tuple(names_in(disable, "disable"))
-    check_lowering(backend, disable, precision, memory_budget, device_of(model))
-    prepare(backend, device_of(model))
+    device = device_of(model)
+    check_lowering(backend, disable, precision, memory_budget, device)
+    prepare(backend, device)
     if (noise_multiplier is None) != (expected_batch_size is None):
         raise CompileRefused("Give noise_multiplier and expected_batch_size together, or neither.")
     noise = None

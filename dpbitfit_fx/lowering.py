@@ -163,7 +163,7 @@ class _Runner:
         self._held: dict[str, _Packed] = {}
         self._inductor = how.backend == "inductor"
         self._graphs = self._inductor and how.graphs and joint.device.type == "cuda"
-        self._in_place = not self._inductor and how.in_place
+        self._in_place = how.in_place
         # Inductor knows no oneDNN layout: such packs are no inputs then.
         self._hidden = [i.target for i in self.packs if self._inductor and i.layout == "onednn"]
         # In eager mode both copies would be there at once: rounding is for what fuses it.
@@ -171,13 +171,15 @@ class _Runner:
             self.joint = keep_bfloat16(self.joint)
         self._open = _open_sizes(joint)
         self.load(self.joint)
+        self.joint = dataclasses.replace(self.joint, optimized=self._inputs.optimized)
 
     def load(self, joint: JointGraph) -> None:
         """What runs from now on: a graph with the inputs of ``self.joint``."""
-        self._inputs = hide_weights(joint, self._hidden) if self._inductor else joint
-        if self._in_place:
+        self._inputs = joint
+        if self._inductor:
+            self._inputs = hide_weights(joint, self._hidden)
+        elif self._in_place:
             self._inputs = write_in_place(joint)
-            self.joint = dataclasses.replace(joint, optimized=self._inputs.optimized)
         module = self._inputs.module
         options: dict[str, Any] | None = {"triton.cudagraphs": True} if self._graphs else None
         self._call: Any = torch.compile(module, options=options) if self._inductor else module

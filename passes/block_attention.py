@@ -64,8 +64,12 @@ def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, heads: int, causal: bool)
         start += count
 
 
+def _room_for(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, causal: bool) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    (out,) = _room_for(q)
     for block, p in _blocks(q, k, mask, heads, causal):
         torch.bmm(p, v[block], out=out[block])
     return out
@@ -74,7 +78,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, ca
 def _attend_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = _room_for(q, k, v)
     other: Tensor | None = None
     for block, p in _blocks(q, k, mask, heads, causal):
         other = torch.empty_like(p) if other is None else other
@@ -88,13 +92,13 @@ def _attend_backward(
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, causal: bool) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return _room_for(q)[0]
 
 
 def _backward_fake(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = _room_for(q, k, v)
     return dq, dk, dv
 
 

@@ -29,9 +29,10 @@ from .views import VIEWS, shown_by
 aten = torch.ops.aten
 CONTIGUOUS = {aten.mm.default, aten.addmm.default, aten.bmm.default, LINEAR, LINEAR_ADD} - {None}
 NORMS = {aten.native_layer_norm.default, aten.native_layer_norm_backward.default}  # their first result is contiguous
-# What makes memory of its own, and keeps none of its inputs'.
+# What makes memory of its own, and keeps none of its inputs'. (What is written over has no other reader left.)
 OWN = {
     *POINTWISE,
+    *(form for form, _ in POINTWISE.values()),
     *CONTIGUOUS,
     *NORMS,
     aten._to_copy.default,
@@ -116,4 +117,4 @@ def _own(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         source: Any = node.args[0]
         return source.target in NORMS
-    return node.op == "call_function" and node.target in OWN | {form for form, _ in POINTWISE.values()}
+    return node.target in OWN

@@ -171,8 +171,11 @@ def live_bytes(
         if call in needed and roots[call] is call:
             live += own
             freed[last[call]] += own
-        dying = {roots[r] for r in read_by(call) if call in needed and last[roots[r]] == position}
-        over = call.node.target in POINTWISE and any(made[r.node].own == own for r in dying)
+        over = (
+            call in needed
+            and call.node.target in POINTWISE
+            and any(last[roots[r]] == position and made[roots[r].node].own == own for r in read_by(call))
+        )
         found.append(live - own * over if call in needed else 0)
         live -= freed[position]
     return found
